@@ -1,0 +1,120 @@
+"""What stands published: Published, one per public name, and its form in record.json.
+
+`<root>/.metadata/<public path>/record.json`; written in the same transaction as the root it describes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from unpacker.oci import Platform
+from unpacker.reference import Reference
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """One published name. A name whose record cannot be read is `Unreadable`, never absent.
+
+    `digest` is what the tag pointed at (index or manifest), `root` the root's path below the target's root,
+    `rules` the hash of the rules it was composed under, `wishlist` the identity of the wishlist that asked for it
+    (None: adopted from another tool, removed only by name). `published` is Unix time in seconds. `altered` counts what
+    the policy changed, by word. `replaces` is what the name stood for before: until the public link is switched, that
+    one is in force, and the link tells which.
+    """
+
+    reference: Reference
+    digest: str
+    manifest_digest: str
+    image_id: str
+    platform: Platform
+    root: str
+    rules: str
+    wishlist: str | None
+    published: int
+    entries: int = 0
+    size: int = 0
+    compressed: int = 0
+    layers: tuple[str, ...] = ()
+    altered: Mapping[str, int] = field(default_factory=dict)
+    gpu: bool = False
+    tool: str = ""
+    replaces: Published | None = None
+
+    @property
+    def public_path(self) -> str:
+        return self.reference.public_path
+
+    def to_json(self) -> dict[str, Any]:
+        value: dict[str, Any] = {
+            "schema": SCHEMA,
+            "reference": str(self.reference),
+            "digest": self.digest,
+            "manifest_digest": self.manifest_digest,
+            "image_id": self.image_id,
+            "platform": str(self.platform),
+            "root": self.root,
+            "rules": self.rules,
+            "wishlist": self.wishlist,
+            "published": self.published,
+            "entries": self.entries,
+            "size": self.size,
+            "compressed": self.compressed,
+            "layers": list(self.layers),
+            "altered": dict(sorted(self.altered.items())),
+            "gpu": self.gpu,
+            "tool": self.tool,
+        }
+        if self.replaces is not None:
+            value["replaces"] = self.replaces.to_json()
+        return value
+
+    @classmethod
+    def from_json(cls, value: Any) -> Published:
+        """ValueError (or KeyError, TypeError as one) says what is wrong with the record."""
+        try:
+            if value["schema"] != SCHEMA:
+                raise ValueError(f"record of schema {value['schema']!r}, written by a newer version?")
+            replaces = value.get("replaces")
+            return cls(
+                reference=Reference.parse(value["reference"]),
+                digest=str(value["digest"]),
+                manifest_digest=str(value["manifest_digest"]),
+                image_id=str(value["image_id"]),
+                platform=Platform.parse(value["platform"]),
+                root=str(value["root"]),
+                rules=str(value["rules"]),
+                wishlist=value["wishlist"],
+                published=int(value["published"]),
+                entries=int(value["entries"]),
+                size=int(value["size"]),
+                compressed=int(value["compressed"]),
+                layers=tuple(str(d) for d in value["layers"]),
+                altered={str(k): int(v) for k, v in value["altered"].items()},
+                gpu=bool(value["gpu"]),
+                tool=str(value["tool"]),
+                replaces=None if replaces is None else cls.from_json(replaces),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a record: {type(error).__name__} {error}") from None
+
+    def serialise(self) -> bytes:
+        """The bytes of record.json."""
+        return (json.dumps(self.to_json(), indent=1) + "\n").encode("ascii")
+
+    @classmethod
+    def parse(cls, data: bytes) -> Published:
+        """Reads record.json; ValueError says what is wrong."""
+        return cls.from_json(json.loads(data))
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A public name whose record is missing, damaged or at odds with its link. Never treated as unpublished garbage."""
+
+    public_path: str
+    problem: str
