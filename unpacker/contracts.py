@@ -40,6 +40,16 @@ class Registry(Protocol):
     def is_public(self, repository: Repository, digest: Digest) -> bool:
         """Whether a request without credentials can read this manifest."""
 
+    @property
+    def locator(self) -> RegistryLocator:
+        """A picklable value whose `open()` gives this registry in another process."""
+
+
+class RegistryLocator(Protocol):
+    """Names a way into registries across processes: picklable, hashable. `open()` gives one object per process."""
+
+    def open(self) -> Registry: ...
+
 
 class ContentStore(Protocol):
     """Where the bytes of files go, by token. A token is a plain string, the same for the same bytes and metadata.
