@@ -68,8 +68,9 @@ class ContentStore(Protocol):
     def open(self, token: str) -> AbstractContextManager[Stream]:
         """The bytes of a token."""
 
-    def missing(self, tokens: Collection[str]) -> set[str]:
-        """Which of these the store does not hold."""
+    def missing(self, tokens: Collection[str], *, check: bool = False) -> set[str]:
+        """Which of these the store does not hold. With `check` every byte held is read again, and what is not what its
+        token says is thrown away and counts as missing."""
 
 
 class StoreLocator(Protocol):

@@ -37,10 +37,11 @@ class Digest:
         """Reads `sha256:…` or `sha512:…`; ValueError says what is wrong."""
         algorithm, colon, hexadecimal = text.partition(":")
         length = HEX_LENGTH.get(algorithm)
+        shown = repr(text if len(text) <= 150 else text[:149] + "…")
         if not colon or length is None:
-            raise ValueError(f"not a digest: {text!r} (expected sha256:<64 hex digits>)")
+            raise ValueError(f"not a digest: {shown} (expected sha256:<64 hex digits>)")
         if len(hexadecimal) != length or not _HEX.fullmatch(hexadecimal):
-            raise ValueError(f"not a {algorithm} digest: {text!r} (expected {length} lower-case hex digits)")
+            raise ValueError(f"not a {algorithm} digest: {shown} (expected {length} lower-case hex digits)")
         return cls(algorithm, hexadecimal)
 
     @classmethod
@@ -84,7 +85,10 @@ class VerifiedReader:
         self._verified = False
 
     def read(self, size: int, /) -> bytes:
-        if self._verified or size <= 0:
+        if size < 0:
+            # "All there is" has no bound, and b"" here would look like a verified end.
+            raise ValueError(f"{self._what}: read a number of bytes, not {size}")
+        if self._verified or size == 0:
             return b""
         data = self._stream.read(size)
         self._left -= len(data)

@@ -7,6 +7,7 @@ version 2, schema 2. Parsing checks what later steps rely on and ignores what th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ LAYER_COMPRESSION = {
 }
 """Media type of a layer → its declared compression. Anything else is not a layer of a container image."""
 
+_PLATFORM_PART = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
 _ARCHITECTURE_ALIASES = {
     "x86_64": "amd64",
     "x86-64": "amd64",
@@ -63,8 +65,9 @@ class Platform:
     def parse(cls, text: str) -> Platform:
         """Reads `linux/amd64`, `linux/arm64/v8`; ValueError says what would be right."""
         parts = text.split("/")
-        if len(parts) not in (2, 3) or not all(p and p.replace("_", "a").replace("-", "a").isalnum() for p in parts):
-            raise ValueError(f"not a platform: {text!r} (expected os/architecture[/variant], e.g. linux/amd64)")
+        if len(parts) not in (2, 3) or not all(_PLATFORM_PART.fullmatch(part) for part in parts):
+            found = repr(text if len(text) <= 80 else text[:79] + "…")
+            raise ValueError(f"not a platform: {found} (expected os/architecture[/variant], e.g. linux/amd64)")
         architecture = _ARCHITECTURE_ALIASES.get(parts[1], parts[1])
         return cls(os=parts[0], architecture=architecture, variant=parts[2] if len(parts) == 3 else None)
 
@@ -78,8 +81,8 @@ class Platform:
 
     @property
     def normal(self) -> Platform:
-        """With the variant that the architecture implies: arm64 is v8, arm is v7 (as containerd's platforms has it)."""
-        implied = {"arm64": "v8", "arm": "v7"}.get(self.architecture)
+        """With the variant that the architecture implies: amd64 is v1, arm64 v8, arm v7 (as in containerd's platforms)."""
+        implied = {"amd64": "v1", "arm64": "v8", "arm": "v7"}.get(self.architecture)
         return Platform(os=self.os, architecture=self.architecture, variant=self.variant or implied)
 
     def serves(self, wanted: Platform) -> bool:
@@ -267,6 +270,9 @@ def parse_manifest(raw: bytes, media_type: str = "") -> Manifest | Index:
 def _json_object(raw: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(raw)
+        if b"\\ud" in raw.lower():
+            # JSON can escape half a surrogate pair, which is no text and cannot be written anywhere later.
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ImageError(f"{what}: not JSON ({type(error).__name__})") from None
     if not isinstance(value, dict):

@@ -23,7 +23,16 @@ _NAME_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _NAME = re.compile(rf"{_NAME_COMPONENT}(?:/{_NAME_COMPONENT})*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _GLOB_CHARACTERS = frozenset("*?[")
+_GLOB = re.compile(r"(?:[A-Za-z0-9_.*?-]|\[!?[A-Za-z0-9_.-]+\])+")
+_RANGE = re.compile(r"(.)-(.)")
+_CREDENTIALS = re.compile(r"(?:[^/]*://)?[^/]*@[^/]*/")
+_QUERY = re.compile(r"\?[^/\[\]]*[=&]")
 NAME_LIMIT = 255
+LAST_PART_LIMIT = 119
+"""With `:` and the longest tag or digest behind it, the last part is one file name of at most 255 bytes."""
+PATTERN_LIMIT = 256
+TEXT_LIMIT = 1024
+"""Of a whole image name as written: scheme, repository, the longest pattern, the longest digest, and some."""
 
 
 def is_tag(text: str) -> bool:
@@ -60,8 +69,11 @@ class Repository:
             raise ValueError(f"no such port: {registry!r}")
         if not _NAME.fullmatch(name):
             raise ValueError(
-                f"not a repository name: {name!r} (lower-case letters, digits, single separators . _ -, parts joined by /)"
+                f"not a repository name: {name!r} (lower-case letters, digits, separators . _ - between them, "
+                f"parts joined by /)"
             )
+        if len(name.rpartition("/")[2]) > LAST_PART_LIMIT:
+            raise ValueError(f"last part of the name longer than {LAST_PART_LIMIT} characters: {text!r}")
         if len(registry) + 1 + len(name) > NAME_LIMIT:
             raise ValueError(f"repository name longer than {NAME_LIMIT} characters: {text!r}")
         return cls(registry=registry, name=name, scheme=scheme or ("http" if is_loopback(registry) else "https"))
@@ -137,8 +149,15 @@ class ImageName:
 
 def split(text: str) -> ImageName:
     """Takes `[scheme://]registry/repository[:tag or pattern][@digest]` apart; ValueError says what is wrong."""
+    if len(text) > TEXT_LIMIT:
+        raise ValueError(f"an image name longer than {TEXT_LIMIT:,} characters")
     if not text or any(c.isspace() or not c.isprintable() for c in text):
         raise ValueError(f"not an image name: {text!r} (empty, or with blanks or control characters)")
+    # Neither is repeated in the message: what stands there is likely a secret.
+    if _CREDENTIALS.match(text):
+        raise ValueError("an image name holds no user or password (credentials belong to the operator's settings)")
+    if _QUERY.search(text):
+        raise ValueError("an image name has no query string (expected registry/repository:tag)")
     rest, at, digest_text = text.partition("@")
     digest = Digest.parse(digest_text) if at else None
     scheme, separator, path = rest.rpartition("://")
@@ -161,12 +180,20 @@ class TagPattern:
 
     @classmethod
     def parse(cls, text: str) -> TagPattern:
-        """ValueError says what is wrong with a pattern that could never match a tag."""
-        literal = re.sub(r"\[[^\]]*\]|[*?]", "", text)
-        if not text or re.search(r"[^A-Za-z0-9_.-]", literal):
-            raise ValueError(f"not a tag or tag pattern: {text!r} (tags have A-Za-z0-9_.- ; globs add * ? [..])")
-        if text.isascii() and not _GLOB_CHARACTERS & set(text) and not is_tag(text):
-            raise ValueError(f"not a tag: {text!r}")
+        """ValueError says what is wrong with a pattern, one that could never match a tag included."""
+        if len(text) > PATTERN_LIMIT:
+            raise ValueError(f"a tag or tag pattern longer than {PATTERN_LIMIT} characters")
+        if not _GLOB.fullmatch(text):
+            raise ValueError(
+                f"not a tag or tag pattern: {text!r} (tags have A-Za-z0-9_.- ; globs add * ? [abc] [a-z] [!abc])"
+            )
+        if text[0] in ".-":
+            raise ValueError(f"no tag starts with {text[0]!r}: {text!r} (write '*{text}' if that is meant)")
+        for first, last in _RANGE.findall("".join(re.findall(r"\[!?(.*?)\]", text))):
+            if first > last:
+                raise ValueError(f"an empty range {first}-{last} in {text!r} (write {last}-{first})")
+        if not _GLOB_CHARACTERS & set(text) and not is_tag(text):
+            raise ValueError(f"not a tag: {text!r} (a tag has at most 128 characters)")
         return cls(text)
 
     @property

@@ -1,0 +1,482 @@
+"""The command line: each verb parses its arguments, calls one function, prints the value it gave, and exits by it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from unpacker import __version__, assembly, journal, logs, report
+from unpacker.errors import SettingsError, UnpackerError, WishlistError
+from unpacker.record import Published, Unreadable
+from unpacker.settings import Settings, load
+from unpacker.wishlist import Wishlist, parse
+
+app = typer.Typer(
+    name="unpacker",
+    help="Keeps a tree of unpacked container images equal to a wishlist in git.",
+    epilog="Exit codes: 0 all as wished; 1 some wishes failed; 2 wishlist or arguments wrong; 3 no registry reached; "
+    "4 image malformed; 5 target failed or busy; 6 refused, a person must look; 10 changes (plan --detailed-exitcode).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+EXIT_SOME_FAILED = 1
+EXIT_UNREACHABLE = 3
+EXIT_TARGET = 5
+EXIT_REFUSED = 6
+EXIT_CHANGES = 10
+_WISHLIST_LIMIT = 8 << 20
+
+WishlistPath = Annotated[str, typer.Argument(metavar="WISHLIST", help="wishlist.yaml, a DUCC recipe or an OSG list")]
+Target = Annotated[str | None, typer.Option("--target", "-t", help="Where to publish: a directory.")]
+State = Annotated[str | None, typer.Option("--state", help="Directory of journals and caches.")]
+Config = Annotated[str | None, typer.Option("--config", "-c", help="The operator's unpacker.toml.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="How many layers to read at once.")]
+Json = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log each step.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while all is well.")]
+LogFormat = Annotated[str, typer.Option("--log-format", help="text or json.", metavar="text|json")]
+WishlistId = Annotated[str | None, typer.Option("--wishlist-id", help="Who this wishlist is in the records.")]
+Only = Annotated[str | None, typer.Option("--only", metavar="PATTERN", help="Only names that match; removes nothing.")]
+Rebuild = Annotated[bool, typer.Option("--rebuild", help="Publish damaged roots and those of older rules anew.")]
+AllowRemovals = Annotated[bool, typer.Option("--allow-removals", help="Remove however many are not wished any more.")]
+ReportFile = Annotated[str | None, typer.Option("--report", metavar="FILE", help="Write a report: .json or .md")]
+Wait = Annotated[float | None, typer.Option("--lock-wait", metavar="SECONDS", help="Wait for a busy target.")]
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM: unwinds everything, so that our transaction is aborted and the journal written."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main() -> NoReturn:
+    """The entry point: runs one verb and turns every error into a message and an exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        app()
+    except UnpackerError as error:
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except Stopped as stopped:
+        _complain(f"stopped by {signal.Signals(stopped.number).name}")
+        sys.exit(128 + stopped.number)
+    sys.exit(0)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    # A second signal while we unwind must not break off the unwinding.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def _complain(message: str) -> None:
+    print(f"unpacker: {message}", file=sys.stderr)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"unpacker {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+# -- verbs ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def validate(wishlist: WishlistPath = "wishlist.yaml", json: Json = False) -> None:
+    """Find every fault of a wishlist: file:line:column; exit 2 if there is any."""
+    found = _read_wishlist(wishlist)
+    if json:
+        faults = [asdict(f) for f in (*found.faults, *found.warnings)]
+        print(report.as_json({"wishes": len(found.wishes), "sound": found.sound, "faults": faults}), end="")
+    else:
+        _print_faults(found)
+        print(f"{wishlist}: {len(found.wishes)} wishes, {len(found.faults)} faults, {len(found.warnings)} warnings")
+    raise typer.Exit(0 if found.sound else WishlistError.exit_code)
+
+
+@app.command()
+def plan(
+    wishlist: WishlistPath = "wishlist.yaml",
+    target: Target = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="OLD", help="Compare with an older wishlist; needs no target.")
+    ] = None,
+    state: State = None,
+    config: Config = None,
+    wishlist_id: WishlistId = None,
+    only: Only = None,
+    rebuild: Rebuild = False,
+    allow_removals: AllowRemovals = False,
+    all_names: Annotated[bool, typer.Option("--all", help="Show what stays as it is, too.")] = False,
+    detailed_exitcode: Annotated[bool, typer.Option("--detailed-exitcode", help="Exit 10 for changes.")] = False,
+    json: Json = False,
+    report_file: ReportFile = None,
+    verbose: Verbose = False,
+    log_format: LogFormat = "text",
+) -> None:
+    """Show what reconcile would do and why; changes nothing."""
+    settings = _settings(config, target=target, state=state, wishlist_id=wishlist_id)
+    _log(verbose=verbose, quiet=False, log_format=log_format)
+    if against is not None:
+        _plan_against(wishlist, against, settings, json=json, report_file=report_file)
+    from unpacker.reconcile import survey
+    from unpacker.resolve import unreachable
+
+    found = _read_wishlist(wishlist)
+    _print_faults(found)
+    choice = assembly.Choice(only=only, rebuild=rebuild, allow_removals=allow_removals)
+    request = assembly.request(found, wishlist, settings, choice)
+    surveyed = survey(request)
+    value = report.plan_json(surveyed.plan)
+    rows = report.plan_rows(surveyed.plan, all_actions=all_names)
+    summary = report.plan_summary(surveyed.plan)
+    _write_report(report_file, value, report.PLAN_HEADER, rows, summary)
+    if json:
+        print(report.as_json(value), end="")
+    else:
+        _warn(surveyed.plan.warnings)
+        print(report.table(report.PLAN_HEADER, rows) + summary, end="")
+    if unreachable(surveyed.resolution):
+        code = EXIT_UNREACHABLE
+    elif surveyed.plan.held:
+        code = EXIT_REFUSED
+    elif surveyed.plan.unresolved or not found.sound:
+        code = EXIT_SOME_FAILED
+    else:
+        code = EXIT_CHANGES if detailed_exitcode and surveyed.plan.changes else 0
+    raise typer.Exit(code)
+
+
+def _plan_against(wishlist: str, against: str, settings: Settings, *, json: bool, report_file: str | None) -> NoReturn:
+    from unpacker.proposal import propose
+
+    new, old = _read_wishlist(wishlist), _read_wishlist(against)
+    _print_faults(new)
+    registry = assembly.registry(settings)
+    with ThreadPoolExecutor(settings.connections_per_host) as executor:
+        proposals = propose(new.wishes, old.wishes, registry, executor, settings.limits)
+    rows, summary = report.proposal_rows(proposals), report.proposal_summary(proposals)
+    faults = [str(fault) for fault in new.faults]
+    value = {"faults": faults, "proposals": [asdict(p) for p in proposals]}
+    text = "".join(f"- {fault}\n" for fault in faults)
+    _write_report(report_file, value, report.PROPOSAL_HEADER, rows, summary + text)
+    if json:
+        print(report.as_json(value), end="")
+    else:
+        print(report.table(report.PROPOSAL_HEADER, rows) + summary, end="")
+    if not new.sound:
+        raise typer.Exit(WishlistError.exit_code)
+    raise typer.Exit(EXIT_SOME_FAILED if any(p.error for p in proposals) else 0)
+
+
+@app.command()
+def reconcile(
+    wishlist: WishlistPath = "wishlist.yaml",
+    target: Target = None,
+    state: State = None,
+    config: Config = None,
+    wishlist_id: WishlistId = None,
+    jobs: Jobs = None,
+    only: Only = None,
+    rebuild: Rebuild = False,
+    allow_removals: AllowRemovals = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+    lock_wait: Wait = None,
+    json: Json = False,
+    report_file: ReportFile = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    log_format: LogFormat = "text",
+) -> None:
+    """Make what stands published equal to what is wished."""
+    if dry_run:
+        plan(
+            wishlist=wishlist,
+            target=target,
+            state=state,
+            config=config,
+            wishlist_id=wishlist_id,
+            only=only,
+            rebuild=rebuild,
+            allow_removals=allow_removals,
+            json=json,
+            report_file=report_file,
+            verbose=verbose,
+            log_format=log_format,
+        )
+    settings = _settings(config, target=target, state=state, wishlist_id=wishlist_id, jobs=jobs, lock_wait=lock_wait)
+    _log(verbose=verbose, quiet=quiet, log_format=log_format)
+    found = _read_wishlist(wishlist)
+    _print_faults(found)
+    choice = assembly.Choice(only=only, rebuild=rebuild, allow_removals=allow_removals)
+    _carry_out(found, wishlist, settings, choice, json=json, quiet=quiet, report_file=report_file)
+
+
+@app.command()
+def publish(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="registry/repository:tag, or oci:PATH:TAG")],
+    target: Target = None,
+    name: Annotated[
+        str | None, typer.Option("--as", metavar="NAME", help="The public name: registry/repository:tag.")
+    ] = None,
+    platform: Annotated[str, typer.Option("--platform", help="os/architecture[/variant]")] = "linux/amd64",
+    state: State = None,
+    config: Config = None,
+    jobs: Jobs = None,
+    lock_wait: Wait = None,
+    json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    log_format: LogFormat = "text",
+) -> None:
+    """Publish one image outside of any wishlist; it stays until it is removed by name."""
+    settings = _settings(config, target=target, state=state, jobs=jobs, lock_wait=lock_wait)
+    _log(verbose=verbose, quiet=quiet, log_format=log_format)
+    layout, text = assembly.source(image, name)
+    found = parse(f"version: 2\nimages:\n- image: '{text}'\n  platform: '{platform}'\n".encode(), "the command line")
+    if not found.sound:
+        raise WishlistError("; ".join(fault.message for fault in found.faults))
+    choice = assembly.Choice(layout=layout, anonymous=True)
+    _carry_out(found, "", settings, choice, json=json, quiet=quiet, report_file=None)
+
+
+@app.command()
+def remove(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Published names: registry/repository:tag")],
+    target: Target = None,
+    config: Config = None,
+    lock_wait: Wait = None,
+) -> None:
+    """Take published names away, whoever published them; their roots stay until gc."""
+    settings = _settings(config, target=target, lock_wait=lock_wait)
+    publisher = assembly.publisher(settings)
+    with publisher.lock(settings.lock_wait):
+        paths = _published_names(names, publisher.published())
+        with publisher.transaction(f"remove {', '.join(paths)}") as transaction:
+            transaction.remove(paths, now=int(time.time()))
+    for path in paths:
+        print(f"removed {path}")
+
+
+@app.command()
+def status(
+    wishlist: Annotated[str | None, typer.Argument(metavar="[WISHLIST]", help="Show what it asks for, too.")] = None,
+    target: Target = None,
+    state: State = None,
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Show every wish and tag: published, pending, failing, vanished; asks no registry."""
+    from unpacker.status import State as Standing
+    from unpacker.status import status as standing
+
+    settings = _settings(config, target=target, state=state)
+    publisher = assembly.publisher(settings)
+    wishes = None
+    if wishlist is not None:
+        found = _read_wishlist(wishlist)
+        _print_faults(found)
+        wishes = found.wishes
+    history = journal.load(assembly.state(settings))
+    rows = standing(wishes, publisher.published(), history.failures, history.vanished, history.expansions)
+    now = int(time.time())
+    if json:
+        value = {"finished": report.moment(history.finished), "names": report.status_json(rows)}
+        print(report.as_json(value), end="")
+    else:
+        print(report.table(report.STATUS_HEADER, report.status_rows(rows, now)), end="")
+        last = f"last run {report.age(now - history.finished)} ago" if history.finished else "no run yet"
+        counts = ", ".join(
+            f"{sum(r.state is s for r in rows)} {s.value}" for s in Standing if any(r.state is s for r in rows)
+        )
+        print(f"{counts or 'nothing published'}; {last}")
+    bad = any(row.state in (Standing.FAILING, Standing.UNREADABLE) for row in rows)
+    raise typer.Exit(EXIT_SOME_FAILED if bad else 0)
+
+
+@app.command()
+def verify(
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="[IMAGE...]", help="Names; all if none is given.")
+    ] = None,
+    target: Target = None,
+    config: Config = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Names and metadata only, not contents.")] = False,
+    json: Json = False,
+) -> None:
+    """Compare published trees with their records; exit 5 if anything differs."""
+    from unpacker.publish.directory import DirectoryPublisher
+    from unpacker.verify import verify as check
+
+    settings = _settings(config, target=target)
+    publisher = assembly.publisher(settings)
+    assert isinstance(publisher, DirectoryPublisher)
+    standing = publisher.published()
+    wanted = _published_names(images, standing)
+    problems = [
+        {"name": p.public_path, "path": p.path, "problem": p.what}
+        for p in check(publisher.directory, [standing[w] for w in wanted], quick=quick)
+    ]
+    if json:
+        print(report.as_json({"checked": len(wanted), "problems": problems}), end="")
+    else:
+        rows = [(p["name"], p["path"], p["problem"]) for p in problems]
+        print(report.table(("NAME", "PATH", "PROBLEM"), rows), end="")
+        print(f"{len(wanted)} names checked, {len(problems)} problems")
+    raise typer.Exit(EXIT_TARGET if problems else 0)
+
+
+@app.command()
+def gc(
+    target: Target = None,
+    grace: Annotated[
+        float | None, typer.Option("--grace", min=0, metavar="DAYS", help="How long unreferenced roots stay.")
+    ] = None,
+    state: State = None,
+    config: Config = None,
+    lock_wait: Wait = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    json: Json = False,
+) -> None:
+    """Delete roots and contents that no name refers to, after a grace period."""
+    from unpacker.cache import prune
+    from unpacker.gc import collect
+    from unpacker.publish.directory import DirectoryPublisher
+
+    settings = _settings(config, target=target, state=state, grace_days=grace, lock_wait=lock_wait)
+    publisher = assembly.publisher(settings)
+    assert isinstance(publisher, DirectoryPublisher)
+    with publisher.lock(settings.lock_wait):
+        found = collect(publisher, grace=settings.grace_days * 86_400, now=time.time(), dry_run=dry_run)
+    if not dry_run:
+        prune(assembly.state(settings), unused_for=90 * 86_400)
+    if json:
+        print(report.as_json({"dry_run": dry_run, **asdict(found)}), end="")
+        return
+    for root in found.roots:
+        print(f"{'would delete' if dry_run else 'deleted'} {root}")
+    print(
+        f"{len(found.roots)} roots and {found.contents} contents {'to delete' if dry_run else 'deleted'}, "
+        f"{report.size(found.freed)}; {found.waiting} roots wait for their grace period"
+    )
+
+
+# -- what verbs share -------------------------------------------------------------------------------------------
+
+
+def _carry_out(
+    found: Wishlist,
+    path: str,
+    settings: Settings,
+    choice: assembly.Choice,
+    *,
+    json: bool,
+    quiet: bool,
+    report_file: str | None,
+) -> NoReturn:
+    from unpacker.progress import shown
+    from unpacker.reconcile import exit_code
+    from unpacker.reconcile import reconcile as run
+
+    began = time.monotonic()
+    request = assembly.request(found, path, settings, choice)
+    with shown(quiet=quiet or json) as progress:
+        result = run(request, progress)
+    unresolved = result.survey.plan.unresolved
+    value = report.outcomes_json(result.outcomes, unresolved)
+    value["faults"] = [str(fault) for fault in found.faults]
+    value["refusal"] = result.survey.plan.refusal or None
+    rows = report.outcome_rows(result.outcomes, unresolved)
+    summary = report.outcome_summary(result.outcomes, unresolved, time.monotonic() - began)
+    if result.survey.plan.refusal:
+        summary += f"removals held: {result.survey.plan.refusal}; --allow-removals lets them happen\n"
+    _write_report(report_file, value, report.OUTCOME_HEADER, rows, summary)
+    code = exit_code(result, sound=found.sound)
+    if json:
+        print(report.as_json(value), end="")
+    elif code or not quiet:
+        _warn(result.survey.plan.warnings)
+        print(report.table(report.OUTCOME_HEADER, rows) + summary, end="")
+    raise typer.Exit(code)
+
+
+def _settings(config: str | None, **flags: object) -> Settings:
+    return load(flags, os.environ, config)
+
+
+def _log(*, verbose: bool, quiet: bool, log_format: str) -> None:
+    if log_format not in ("text", "json"):
+        raise SettingsError(f"--log-format is text or json, not {log_format!r}")
+    logs.configure(level=logs.level_of(verbose=verbose, quiet=quiet), as_json=log_format == "json")
+
+
+def _read_wishlist(path: str) -> Wishlist:
+    try:
+        with open(path, "rb") as file:
+            return parse(file.read(_WISHLIST_LIMIT + 1), path)
+    except OSError as error:
+        raise WishlistError(f"cannot read the wishlist {path}: {error.strerror}") from None
+
+
+def _print_faults(found: Wishlist) -> None:
+    for fault in found.faults:
+        print(fault, file=sys.stderr)
+    for warning in found.warnings:
+        print(f"{warning} (warning)", file=sys.stderr)
+
+
+def _warn(warnings: tuple[str, ...]) -> None:
+    for warning in warnings:
+        _complain(warning)
+
+
+def _published_names(given: list[str] | None, standing: Mapping[str, Published | Unreadable]) -> list[str]:
+    """The public paths that a user means, who may write an image's URL; all, if none is given."""
+    if not given:
+        return list(standing)
+    names = [g.removeprefix("https://").removeprefix("http://").replace("@", ":") for g in given]
+    unknown = [name for name in names if name not in standing]
+    if unknown:
+        raise WishlistError(f"not published: {', '.join(unknown)} (see `unpacker status`)")
+    return names
+
+
+def _write_report(
+    path: str | None, value: object, header: Sequence[str], rows: Sequence[Sequence[str]], summary: str
+) -> None:
+    if path is None:
+        return
+    text = report.markdown(header, rows) + "\n" + summary if path.endswith(".md") else report.as_json(value)
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SettingsError(f"cannot write the report {path}: {error.strerror}") from None

@@ -1,0 +1,77 @@
+"""Where a run's tasks are executed: threads that ask registries, processes that read layers.
+
+Both are `concurrent.futures.Executor`s, so that another engine's can take their place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+ASKING_THREADS = 16
+_PR_SET_PDEATHSIG = 1
+
+
+class Pools:
+    """The executors of one run. Leaving it normally waits for nothing that is still wanted; leaving it by exception
+    ends the processes at once."""
+
+    asking: Executor
+    layers: Executor
+
+    def __init__(self, jobs: int) -> None:
+        """With one job layers are read in a thread of this process: one layer keeps a core busy by itself."""
+        self._extra: list[ProcessPoolExecutor] = []
+        self._processes = jobs > 1
+        if self._processes:
+            layers = ProcessPoolExecutor(jobs, _context(), _start_worker, (os.getpid(),))
+            # Forks all workers now, before this process has threads or connections that they would inherit.
+            layers.submit(os.getpid).result()
+            self.layers = layers
+        else:
+            self.layers = ThreadPoolExecutor(1, "layers")
+        self.asking = ThreadPoolExecutor(ASKING_THREADS, "asking")
+
+    def alone(self, function: Callable[[A], T], argument: A) -> Future[T]:
+        """Runs one task in a process of its own, which it may kill without harm to others."""
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(),))
+        self._extra.append(pool)
+        return pool.submit(function, argument)
+
+    def __enter__(self) -> Pools:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pool in (self.asking, self.layers, *self._extra):
+            pool.shutdown(wait=False, cancel_futures=True)
+        if error is not None and self._processes:
+            for process in multiprocessing.active_children():
+                process.terminate()
+        for pool in (self.asking, self.layers, *self._extra):
+            pool.shutdown(wait=True)
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    # A fork of a process with other threads may inherit a lock that nobody will ever release.
+    return multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
+
+
+def _start_worker(parent: int) -> None:
+    """Makes a worker die with its parent, and leaves Ctrl-C to the parent, which ends the workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

@@ -1,0 +1,80 @@
+"""What a merge request would publish: the difference of two wishlists, looked up in the registries, without a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+
+from unpacker.contracts import Registry
+from unpacker.errors import UnpackerError
+from unpacker.image import Pinned
+from unpacker.limits import Limits
+from unpacker.report import Proposal
+from unpacker.resolve import config_of, manifest_of, names_of, resolve
+from unpacker.wish import Wish
+
+
+def propose(
+    new: Sequence[Wish], old: Sequence[Wish], registry: Registry, executor: Executor, limits: Limits
+) -> tuple[Proposal, ...]:
+    """Every name that `new` adds to, changes in or drops from `old`; wishes that are the same in both are not asked for.
+
+    A name that cannot be looked up, or whose image would be refused, carries its error.
+    """
+    before = {wish.meaning for wish in old}
+    after = {wish.meaning for wish in new}
+    added = [wish for wish in new if wish.meaning not in before]
+    dropped = [wish for wish in old if wish.meaning not in after]
+    resolution = resolve(added, registry, executor, limits)
+    old_names, old_errors = names_of(dropped, registry, executor, resolution.listed)
+    still, _ = names_of([w for w in new if w.meaning in before and w.needs_listing], registry, executor, {})
+    kept = {path for wish in new if wish.meaning in before for path in _literal_paths(wish)} | set(still)
+    proposals = []
+    wished = {pinned.reference.public_path for pinned in resolution.pinned}
+    fresh = [p for p in resolution.pinned if _is_news(p, old_names, kept)]
+    proposals += executor.map(lambda p: _look_up(p, old_names, registry, limits), fresh)
+    proposals += [
+        Proposal(name=u.name, change="add", error=str(u.error)) for u in (*resolution.unresolved, *resolution.missing)
+    ]
+    unknown = {u.name for u in (*resolution.unresolved, *resolution.missing)}
+    proposals += [
+        Proposal(name=path, change="drop")
+        for path in old_names
+        if path not in wished and path not in kept and path not in unknown and path.partition(":")[0] not in unknown
+    ]
+    proposals += [Proposal(name=name, change="drop", error=str(error)) for name, error in old_errors.items()]
+    return tuple(sorted(proposals, key=lambda p: p.name))
+
+
+def _literal_paths(wish: Wish) -> list[str]:
+    return [reference.public_path for reference in wish.literal_references]
+
+
+def _is_news(pinned: Pinned, old_names: Mapping[str, Wish], kept: set[str]) -> bool:
+    path = pinned.reference.public_path
+    if path in kept:
+        return False
+    wish = old_names.get(path)
+    return wish is None or wish.platform != pinned.platform or wish.digest != pinned.reference.digest
+
+
+def _look_up(pinned: Pinned, old_names: Mapping[str, Wish], registry: Registry, limits: Limits) -> Proposal:
+    path = pinned.reference.public_path
+    change = "change" if path in old_names else "add"
+    try:
+        manifest, digest, platforms = manifest_of(pinned, registry, limits)
+        repository = pinned.reference.repository
+        config = config_of(manifest, repository, registry, limits)
+        if not registry.is_public(repository, digest):
+            raise UnpackerError("private: the operator must allow it to become public")
+    except UnpackerError as error:
+        return Proposal(name=path, change=change, digest=str(pinned.descriptor.digest), error=str(error))
+    return Proposal(
+        name=path,
+        change=change,
+        digest=str(pinned.descriptor.digest),
+        platform=str(pinned.platform),
+        platforms=tuple(str(p) for p in platforms) or (str(config.platform),),
+        layers=len(manifest.layers),
+        compressed=manifest.compressed_size,
+    )

@@ -1,0 +1,324 @@
+"""Trees on a POSIX file system: written and removed relative to directory descriptors, no symlink ever followed.
+
+Names come from images, and an image may be hostile: each step opens one component below a descriptor that is already
+held, so that no name can lead out of the tree. Nothing recurses; depth is bounded by the path limit only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from types import TracebackType
+
+from unpacker.changeset import Kind, Xattrs
+from unpacker.digest import Stream
+from unpacker.errors import IntegrityError, PublishError
+from unpacker.tree import Directory, File, Node, Symlink, Tree
+
+PIECE = 1 << 20
+"""Bytes handled at once of what is too large to be held whole; a piece of zeros only becomes a hole."""
+
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_ZEROS = bytes(PIECE)
+_KEPT_DESCRIPTORS = 32
+_TIME_LIMIT = (1 << 63) - 1
+_ADVICE = {
+    errno.ENOSPC: "free space or inodes (unpacker gc may help) or enlarge the file system, then run again",
+    errno.EDQUOT: "the quota is exhausted: raise it or free space (unpacker gc may help), then run again",
+    errno.EIO: "the disk failed: see the kernel's log, repair the file system, then run again",
+    errno.EROFS: "mount the file system writable, then run again",
+    errno.EACCES: "run as the user who owns the target, or give this user its directories",
+    errno.EPERM: "run as the user who owns the target, or give this user its directories",
+    errno.ELOOP: "a symlink stands where a directory belongs, and is not followed: look at it, and move it away",
+    errno.ENOTDIR: "a file or symlink stands where a directory belongs: look at it, and move it away",
+    errno.ENAMETOOLONG: "this file system takes shorter names only",
+}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def failure(error: OSError, doing: str) -> PublishError:
+    """The PublishError for a system call that failed while `doing`: what the kernel said, and what to do now."""
+    name = f" ({os.fspath(error.filename)!r})" if isinstance(error.filename, str | bytes) else ""
+    advice = _ADVICE.get(error.errno or 0)
+    return PublishError(f"{doing}: {error.strerror or error}{name}{'; ' + advice if advice else ''}")
+
+
+def keeps_owners() -> bool:
+    """Whether this process may give files away: only root can publish with the image's owners."""
+    return os.geteuid() == 0
+
+
+def syncfs(fd: int) -> None:
+    """Makes everything written so far to the file system of `fd` durable.
+
+    Write-back errors are reported to descriptors that were open when they happened, so `fd` is best opened before
+    the writing starts.
+    """
+    if _libc.syncfs(ctypes.c_int(fd)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def open_directory(path: str, dir_fd: int, *, create: bool = False) -> int:
+    """A descriptor of the directory `path` (relative, may be "") below `dir_fd`; no component may be a symlink.
+
+    With `create`, what is missing is made, open to all readers whatever the umask.
+    """
+    fd = os.open(".", DIRECTORY_FLAGS, dir_fd=dir_fd)
+    for name in path.split("/") if path else ():
+        try:
+            below = _open_or_make(name, fd) if create else os.open(name, DIRECTORY_FLAGS, dir_fd=fd)
+        finally:
+            os.close(fd)
+        fd = below
+    return fd
+
+
+def _open_or_make(name: str, dir_fd: int) -> int:
+    try:
+        return os.open(name, DIRECTORY_FLAGS, dir_fd=dir_fd)
+    except FileNotFoundError:
+        pass
+    try:
+        os.mkdir(name, 0o755, dir_fd=dir_fd)
+    except FileExistsError:
+        # Another process made it meanwhile.
+        return os.open(name, DIRECTORY_FLAGS, dir_fd=dir_fd)
+    fd = os.open(name, DIRECTORY_FLAGS, dir_fd=dir_fd)
+    os.fchmod(fd, 0o755)
+    return fd
+
+
+class Descent:
+    """A current directory that moves down and up a tree by descriptors, holding only a few of them open.
+
+    Takes over the descriptor it starts from. Directories must be searchable for the way up out of deep trees.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._parents: list[int] = []
+
+    def down(self, name: str) -> None:
+        """Enters the directory `name`; a symlink or file of that name is an OSError."""
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=self.fd)
+        parents = self._parents
+        parents.append(self.fd)
+        self.fd = fd
+        far = len(parents) - _KEPT_DESCRIPTORS - 1
+        if far >= 0 and parents[far] >= 0:
+            os.close(parents[far])
+            parents[far] = -1
+
+    def up(self) -> int:
+        """Returns to the parent; gives the descriptor of the directory left, which the caller closes."""
+        parent = self._parents.pop()
+        if parent < 0:
+            parent = os.open("..", DIRECTORY_FLAGS, dir_fd=self.fd)
+        left, self.fd = self.fd, parent
+        return left
+
+    def __enter__(self) -> Descent:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for fd in (self.fd, *self._parents):
+            if fd >= 0:
+                os.close(fd)
+
+
+def set_metadata(fd: int, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Xattrs, owners: bool) -> None:
+    """Gives an open file or directory its final owner (if `owners`), xattrs, mode and mtime."""
+    if owners:
+        # Always, because a set-gid directory or a mount option may have given the new file another group.
+        os.fchown(fd, uid, gid)
+    for name, value in xattrs:
+        # Before the mode: who may not write to a file may not give it user.* attributes either (xattr(7)).
+        try:
+            os.setxattr(fd, name, value)
+        except OSError as error:
+            raise PublishError(
+                f"the target's file system cannot store the extended attribute {name} of {len(value)} bytes: "
+                f"{error.strerror}; use one that can (ext4, xfs, tmpfs of Linux 6.6)"
+            ) from error
+    os.fchmod(fd, mode)
+    # Beyond 64 bits the call itself fails; what the file system cannot express it clips by itself.
+    time = max(-_TIME_LIMIT, min(mtime_ns, _TIME_LIMIT))
+    os.utime(fd, ns=(time, time))
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Writes all of `data`: a disk that fills up takes a part first and says so with the next call."""
+    written = os.write(fd, data)
+    while written < len(data):
+        written += os.write(fd, memoryview(data)[written:])
+
+
+def write_pieces(fd: int, pieces: Iterator[bytes]) -> None:
+    """Writes the pieces one after the other; a piece of zeros only becomes a hole."""
+    size = 0
+    for piece in pieces:
+        length = len(piece)
+        if piece == (_ZEROS if length == PIECE else bytes(length)):
+            os.lseek(fd, length, os.SEEK_CUR)
+        else:
+            write_all(fd, piece)
+        size += length
+    os.ftruncate(fd, size)
+
+
+def pieces(stream: Stream, size: int) -> Iterator[bytes]:
+    """Exactly `size` bytes of a stream, in pieces; IntegrityError if it ends before."""
+    left = size
+    while left:
+        piece = stream.read(min(left, PIECE))
+        if not piece:
+            raise IntegrityError(f"a file of {size} bytes ended after {size - left}")
+        left -= len(piece)
+        yield piece
+
+
+def write_file(name: str, dir_fd: int, data: bytes, mode: int = 0o644) -> None:
+    """Makes the new file `name` with these bytes and exactly this mode."""
+    fd = os.open(name, CREATE_FLAGS, 0o600, dir_fd=dir_fd)
+    try:
+        write_all(fd, data)
+        os.fchmod(fd, mode)
+    finally:
+        os.close(fd)
+
+
+def write_tree(
+    tree: Tree, name: str, dir_fd: int, link: Callable[[File, str, int], None], owners: bool
+) -> tuple[int, int]:
+    """Writes a prepared tree as the new directory `name`; gives the number of its entries and the size of its files.
+
+    `link(file, name, dir_fd)` makes the name of a file that is not empty. Directories get their metadata after their
+    children, so that their mtimes hold. OSError (or PublishError) leaves a part behind: `remove_tree` takes it away.
+    """
+    root = tree.root
+    os.mkdir(name, 0o700, dir_fd=dir_fd)
+    with Descent(os.open(name, DIRECTORY_FLAGS, dir_fd=dir_fd)) as at:
+        entries, size, below = _write_children(root, at.fd, link, owners)
+        stack = [(root, iter(below))]
+        while stack:
+            directory, rest = stack[-1]
+            child = next(rest, None)
+            if child is not None:
+                os.mkdir(child[0], 0o700, dir_fd=at.fd)
+                at.down(child[0])
+                count, length, below = _write_children(child[1], at.fd, link, owners)
+                entries, size = entries + count, size + length
+                stack.append((child[1], iter(below)))
+                continue
+            stack.pop()
+            left = at.up() if stack else os.dup(at.fd)
+            try:
+                set_metadata(left, *directory[:5], owners)
+            finally:
+                os.close(left)
+    return entries, size
+
+
+def _write_children(
+    directory: Directory, fd: int, link: Callable[[File, str, int], None], owners: bool
+) -> tuple[int, int, list[tuple[str, Directory]]]:
+    # Everything but the directories, which are given back; this loop is the cost of an image of known layers.
+    size = 0
+    below: list[tuple[str, Directory]] = []
+    children: dict[str, Node] = directory.children
+    for name, node in children.items():
+        kind = type(node)
+        if kind is File:
+            length: int = node.size  # type: ignore[union-attr]
+            if length:
+                link(node, name, fd)  # type: ignore[arg-type]
+                size += length
+            else:
+                _write_empty(node, name, fd, owners)  # type: ignore[arg-type]
+        elif isinstance(node, Directory):
+            below.append((name, node))
+        elif isinstance(node, Symlink):
+            os.symlink(node.target, name, dir_fd=fd)
+            _set_link_metadata(node, name, fd, owners)
+        elif node.kind == Kind.FIFO:  # type: ignore[union-attr]
+            os.mkfifo(name, 0o600, dir_fd=fd)
+            os.chmod(name, node.mode, dir_fd=fd)
+            _set_link_metadata(node, name, fd, owners)
+        else:
+            raise PublishError(f"a published tree has no device nodes: {name!r}")
+    return len(children), size, below
+
+
+def _write_empty(node: File, name: str, dir_fd: int, owners: bool) -> None:
+    fd = os.open(name, CREATE_FLAGS, 0o600, dir_fd=dir_fd)
+    try:
+        set_metadata(fd, node.mode, node.uid, node.gid, node.mtime_ns, node.xattrs, owners)
+    finally:
+        os.close(fd)
+
+
+def _set_link_metadata(node: Node, name: str, dir_fd: int, owners: bool) -> None:
+    if owners:
+        os.chown(name, node.uid, node.gid, dir_fd=dir_fd, follow_symlinks=False)
+    time = max(-_TIME_LIMIT, min(node.mtime_ns, _TIME_LIMIT))
+    os.utime(name, ns=(time, time), dir_fd=dir_fd, follow_symlinks=False)
+
+
+def remove_tree(name: str, dir_fd: int) -> None:
+    """Removes the file or directory `name` with all below it; directories without write permission too.
+
+    What vanishes meanwhile is as good as removed. Never follows a symlink.
+    """
+    try:
+        os.unlink(name, dir_fd=dir_fd)
+        return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EPERM, errno.EACCES):
+            raise
+    if not stat.S_ISDIR(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode):
+        # A file that cannot be unlinked: say why.
+        os.unlink(name, dir_fd=dir_fd)
+        return
+    _make_removable(name, dir_fd)
+    with Descent(os.open(name, DIRECTORY_FLAGS, dir_fd=dir_fd)) as at:
+        stack = [(name, _remove_children(at.fd))]
+        while stack:
+            own, below = stack[-1]
+            if below:
+                child = below.pop()
+                _make_removable(child, at.fd)
+                at.down(child)
+                stack.append((child, _remove_children(at.fd)))
+                continue
+            stack.pop()
+            if stack:
+                os.close(at.up())
+                os.rmdir(own, dir_fd=at.fd)
+    os.rmdir(name, dir_fd=dir_fd)
+
+
+def _remove_children(fd: int) -> list[str]:
+    # Unlinks all but the directories, which are given back.
+    below = []
+    with os.scandir(fd) as found:
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                below.append(entry.name)
+            else:
+                os.unlink(entry.name, dir_fd=fd)
+    return below
+
+
+def _make_removable(name: str, dir_fd: int) -> None:
+    # Root needs no permission; for all others a directory must be readable, writable and searchable to be emptied.
+    if not keeps_owners():
+        os.chmod(name, 0o700, dir_fd=dir_fd)

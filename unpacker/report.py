@@ -1,0 +1,282 @@
+"""Plan, Outcome, Status → plain tables, JSON, Markdown. Pure: values in, text out.
+
+JSON is the interface for programs: keys are added, never renamed; what is no UTF-8 is escaped (ASCII JSON).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from unpacker.image import Unresolved
+from unpacker.plan import Action, Done, Outcome, Plan, Verb
+from unpacker.record import Published, Unreadable
+from unpacker.status import Failure, State, Status
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns separated by two blanks, the last one as long as it is; nothing for no rows."""
+    lines = [[_line(cell) for cell in row] for row in rows]
+    if not lines:
+        return ""
+    lines.insert(0, list(header))
+    widths = [max(len(row[i]) for row in lines) for i in range(len(header) - 1)]
+    return "".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip() + "\n"
+        for row in lines
+    )
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The same as a Markdown table; what a registry or a wishlist says cannot become markup."""
+    lines = [f"| {' | '.join(header)} |", f"|{'|'.join(' --- ' for _ in header)}|"]
+    lines += [f"| {' | '.join(_escape(cell) for cell in row)} |" for row in rows]
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def _line(cell: str) -> str:
+    # A control character in a name or an error must not move the cursor of who reads the table.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cell)
+
+
+def _escape(cell: str) -> str:
+    text = _line(cell)
+    for character in "\\`*_[]<>|&#@":
+        text = text.replace(character, f"&#{ord(character)};")
+    return text
+
+
+def as_json(value: object) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def size(count: int | None) -> str:
+    """1234567 → 1.2 MB."""
+    if count is None:
+        return ""
+    value = float(count)
+    for unit in _UNITS:
+        if value < 1000 or unit == _UNITS[-1]:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def age(seconds: float) -> str:
+    """How long ago, in the one unit that matters."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def moment(unix: int | None) -> str | None:
+    """Unix seconds as ISO 8601 in UTC."""
+    return None if unix is None else datetime.datetime.fromtimestamp(unix, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# -- plan -------------------------------------------------------------------------------------------------------
+
+
+def plan_rows(plan: Plan, *, all_actions: bool = False) -> list[tuple[str, str, str]]:
+    """What would change and what could not be known; with `all_actions` what stays, too."""
+    rows = [(a.verb.value, a.public_path, a.reason) for a in plan.actions if a.changes or all_actions or a.vanished]
+    rows += [("held", a.public_path, f"{a.reason}; needs --allow-removals") for a in plan.held]
+    rows += [("error", u.name, str(u.error)) for u in plan.unresolved]
+    return rows
+
+
+PLAN_HEADER = ("ACTION", "NAME", "REASON")
+
+
+def plan_summary(plan: Plan) -> str:
+    """One line that says it all."""
+    counts = Counter(a.verb for a in plan.actions)
+    text = (
+        f"{counts[Verb.PUBLISH]} to publish, {counts[Verb.UPDATE]} to update, {counts[Verb.REMOVE]} to remove, "
+        f"{counts[Verb.KEEP]} to keep"
+    )
+    if plan.held:
+        text += f", {len(plan.held)} removals held: {plan.refusal}"
+    if plan.unresolved:
+        text += f", {len(plan.unresolved)} not resolved"
+    return text + "\n"
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "actions": [_action_json(a) for a in plan.actions],
+        "held": [_action_json(a) for a in plan.held],
+        "refusal": plan.refusal or None,
+        "unresolved": [_unresolved_json(u) for u in plan.unresolved],
+        "warnings": list(plan.warnings),
+    }
+
+
+def _action_json(action: Action) -> dict[str, Any]:
+    before, after = action.before, action.after
+    return {
+        "action": action.verb.value,
+        "name": action.public_path,
+        "reason": action.reason,
+        "vanished": action.vanished,
+        "before": before.to_json() if isinstance(before, Published) else None,
+        "problem": before.problem if isinstance(before, Unreadable) else None,
+        "after": None
+        if after is None
+        else {"digest": str(after.descriptor.digest), "platform": str(after.platform), "gpu": after.gpu},
+    }
+
+
+def _unresolved_json(unresolved: Unresolved) -> dict[str, Any]:
+    return {
+        "name": unresolved.name,
+        "error": str(unresolved.error),
+        "kind": type(unresolved.error).__name__,
+        "temporary": bool(getattr(unresolved.error, "temporary", False)),
+    }
+
+
+# -- outcomes ---------------------------------------------------------------------------------------------------
+
+OUTCOME_HEADER = ("RESULT", "NAME", "TIME", "READ", "REASON")
+
+
+def outcome_rows(outcomes: Iterable[Outcome], unresolved: Iterable[Unresolved] = ()) -> list[tuple[str, ...]]:
+    """What was done and what failed; what was kept only if it has vanished upstream."""
+    rows = []
+    for o in outcomes:
+        if o.done is Done.KEPT and not o.action.vanished:
+            continue
+        text = str(o.error) if o.error else o.action.reason
+        rows.append((o.done.value, o.action.public_path, f"{o.seconds:.1f} s" if o.seconds else "", size(o.size), text))
+    rows += [("failed", u.name, "", "", str(u.error)) for u in unresolved]
+    return rows
+
+
+def outcome_summary(outcomes: Sequence[Outcome], unresolved: Sequence[Unresolved], seconds: float) -> str:
+    counts = Counter(o.done for o in outcomes)
+    failed = counts[Done.FAILED] + len(unresolved)
+    parts = [f"{counts[d]} {d.value}" for d in Done if counts[d] and d is not Done.FAILED]
+    if failed:
+        parts.append(f"{failed} failed")
+    return f"{', '.join(parts) or 'nothing wished'} in {seconds:.1f} s\n"
+
+
+def outcomes_json(outcomes: Iterable[Outcome], unresolved: Iterable[Unresolved]) -> dict[str, Any]:
+    return {
+        "outcomes": [
+            {
+                "result": o.done.value,
+                "name": o.action.public_path,
+                "reason": o.action.reason,
+                "seconds": round(o.seconds, 3),
+                "read": o.size,
+                "error": None if o.error is None else str(o.error),
+                "kind": None if o.error is None else type(o.error).__name__,
+                "published": None if o.published is None else o.published.to_json(),
+            }
+            for o in outcomes
+        ],
+        "unresolved": [_unresolved_json(u) for u in unresolved],
+    }
+
+
+def status_note(owner: str, outcomes: Iterable[Outcome], failures: Mapping[str, Failure], now: int) -> bytes:
+    """`.metadata/status.json`: the last run that changed something, for users to read beside the images."""
+    changed = [o for o in outcomes if o.done in (Done.PUBLISHED, Done.UPDATED, Done.REMOVED)]
+    value = {
+        "schema": 1,
+        "finished": moment(now),
+        "wishlist": owner,
+        "changed": {o.action.public_path: o.done.value for o in changed},
+        "failing": {name: asdict(f) for name, f in sorted(failures.items())},
+    }
+    return as_json(value).encode("ascii")
+
+
+# -- status -----------------------------------------------------------------------------------------------------
+
+STATUS_HEADER = ("STATE", "NAME", "IMAGE", "AGE", "SIZE", "NOTE")
+
+
+def status_rows(rows: Iterable[Status], now: int) -> list[tuple[str, ...]]:
+    texts = []
+    for row in rows:
+        p = row.published
+        note = row.error
+        if row.since is not None:
+            note = f"for {age(now - row.since)}" + (f": {note}" if note else "")
+        if row.state is State.UNWISHED and p is not None:
+            note = f"not in this wishlist; published for {p.wishlist or 'nobody'}"
+        texts.append(
+            (
+                row.state.value,
+                row.name,
+                p.image_id.partition(":")[2][:12] if p else "",
+                age(now - p.published) if p else "",
+                size(p.size) if p else "",
+                note,
+            )
+        )
+    return texts
+
+
+def status_json(rows: Iterable[Status]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": row.name,
+            "state": row.state.value,
+            "since": moment(row.since),
+            "error": row.error or None,
+            "published": row.published.to_json() if row.published else None,
+        }
+        for row in rows
+    ]
+
+
+# -- a merge request --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """One name that a merge request adds or changes (or drops: no digest), with what its image would bring.
+
+    `platforms` are those that exist, `compressed` the bytes of the layers for the wished one.
+    """
+
+    name: str
+    change: str
+    digest: str = ""
+    platform: str = ""
+    platforms: tuple[str, ...] = ()
+    layers: int = 0
+    compressed: int = 0
+    error: str = ""
+
+
+PROPOSAL_HEADER = ("CHANGE", "NAME", "PLATFORM", "LAYERS", "SIZE", "NOTE")
+
+
+def proposal_rows(proposals: Iterable[Proposal]) -> list[tuple[str, ...]]:
+    rows = []
+    for p in proposals:
+        others = [x for x in p.platforms if x != p.platform]
+        note = p.error or (f"also exists for {', '.join(others)}" if others else "")
+        layers = str(p.layers) if p.layers else ""
+        rows.append((p.change, p.name, p.platform, layers, size(p.compressed) if p.compressed else "", note))
+    return rows
+
+
+def proposal_summary(proposals: Sequence[Proposal]) -> str:
+    counts = Counter(p.change for p in proposals)
+    total = sum(p.compressed for p in proposals if not p.error)
+    failed = sum(1 for p in proposals if p.error)
+    text = ", ".join(f"{n} {change}" for change, n in sorted(counts.items())) or "nothing changes"
+    return f"{text}; {size(total)} to read at most" + (f"; {failed} would fail" if failed else "") + "\n"

@@ -1,0 +1,162 @@
+"""The operator's settings: flags, then `UNPACKER_*` variables, then unpacker.toml. The wishlist can set none of them.
+
+unpacker.toml is taken from `--config`, else `$UNPACKER_CONFIG`, else the user's and the system's configuration
+directories. Never from the working directory, which may be a checkout of the wishlist that anyone may have changed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from unpacker.errors import SettingsError
+from unpacker.limits import Limits
+from unpacker.reference import Repository
+
+ENVIRONMENT_PREFIX = "UNPACKER_"
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+def _split(value: object) -> object:
+    """Lists may be written with commas, for the environment's sake."""
+    return [part for part in value.replace(",", " ").split() if part] if isinstance(value, str) else value
+
+
+Names = Annotated[frozenset[str], BeforeValidator(_split)]
+
+
+class Receipts(BaseModel):
+    """`[receipts]`: attach to each published image a note of where it was unpacked."""
+
+    model_config = _STRICT
+
+    enabled: bool = True
+    repository: str | None = None
+
+
+class Settings(BaseModel):
+    """All settings, checked. Times in the unit that the name says."""
+
+    model_config = _STRICT
+
+    target: str | None = None
+    state: str | None = None
+    jobs: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
+    wishlist_id: str | None = None
+    insecure_registries: Names = frozenset()
+    may_become_public: Names = frozenset()
+    docker_config: str | None = None
+    timeout: float = Field(default=60, gt=0)
+    attempts: int = Field(default=5, gt=0)
+    connections_per_host: int = Field(default=8, gt=0)
+    keep_vanished_days: float | None = Field(default=None, ge=0)
+    grace_days: float = Field(default=7, ge=0)
+    lock_wait: float = Field(default=0, ge=0)
+    limits: Limits = Limits()
+    receipts: Receipts | None = None
+
+    @property
+    def state_directory(self) -> str:
+        """Where journals and caches live: losing it loses history and time, nothing else."""
+        if self.state:
+            return self.state
+        if os.geteuid() == 0:
+            return "/var/lib/unpacker"
+        home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+        return f"{home}/unpacker"
+
+
+def load(flags: Mapping[str, Any], environment: Mapping[str, str], config: str | None = None) -> Settings:
+    """Merges the three sources. SettingsError names the source and the key, all wrong keys at once."""
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    path = _find(config, environment)
+    if path is not None:
+        for key, value in _read(path).items():
+            values[key], origin[key] = value, path
+    for key in Settings.model_fields:
+        name = ENVIRONMENT_PREFIX + key.upper()
+        if environment.get(name) and key not in ("limits", "receipts"):
+            values[key], origin[key] = environment[name], name
+    for key, value in flags.items():
+        if value is not None:
+            values[key], origin[key] = value, "--" + key.replace("_", "-")
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, origin)) from None
+    for name in settings.may_become_public:
+        try:
+            Repository.parse(name)
+        except ValueError as error:
+            raise SettingsError(f"may_become_public: {error}") from None
+    return settings
+
+
+def _find(config: str | None, environment: Mapping[str, str]) -> str | None:
+    explicit = config or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
+    if explicit:
+        return explicit
+    home = environment.get("XDG_CONFIG_HOME") or os.path.join(environment.get("HOME", "/"), ".config")
+    candidates = (os.path.join(home, "unpacker", "unpacker.toml"), "/etc/unpacker/unpacker.toml")
+    return next((c for c in candidates if os.path.exists(c)), None)
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise SettingsError(f"cannot read the settings {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: {error}") from None
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
+    lines = []
+    for fault in error.errors(include_url=False, include_input=False):
+        key = ".".join(str(part) for part in fault["loc"])
+        source = origin.get(str(fault["loc"][0]) if fault["loc"] else "", "") or "settings"
+        message = "no such setting" if fault["type"] == "extra_forbidden" else fault["msg"]
+        lines.append(f"{source}: {key}: {message}")
+    return "\n".join(lines)
+
+
+def wishlist_identity(path: str) -> str:
+    """Who a wishlist is, on every machine that has a checkout of it: its git remote and its path there.
+
+    Without a git remote it is its absolute path. A user name or token in the remote's URL is left out, because the
+    identity stands in every published record.
+    """
+    absolute = os.path.realpath(path)
+    directory = os.path.dirname(absolute)
+    top = _git(directory, "rev-parse", "--show-toplevel")
+    remote = _git(directory, "config", "--get", "remote.origin.url")
+    if not top or not remote:
+        return absolute
+    return f"{_without_secrets(remote)}//{os.path.relpath(absolute, os.path.realpath(top))}"
+
+
+def _without_secrets(url: str) -> str:
+    if "://" in url:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")[2]
+        url = urlunsplit((parts.scheme, host, parts.path, "", ""))
+    return url.removesuffix("/").removesuffix(".git")
+
+
+def _git(directory: str, *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", directory, *arguments], capture_output=True, timeout=10, check=False, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return os.fsdecode(done.stdout).strip() if done.returncode == 0 else ""
