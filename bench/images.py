@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import random
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 from unpacker import oci
+
+Members = Iterator[tuple[tarfile.TarInfo, "bytes | Repeated"]]
 
 # Raised when the bytes change, so that images kept from earlier runs are made again.
 GENERATOR = 1
@@ -28,7 +31,7 @@ SEED = 20_201_120
 MTIME = 1_600_000_000
 
 MEDIAN_SIZE = 2_400
-SPREAD = 2.28
+SPREAD = 2.3
 """Of the logarithm of file sizes. With the median it makes about 900 MB of 27,000 files."""
 TEXT_SHARE = 0.91
 SEGMENT = 1 << 16
@@ -71,25 +74,53 @@ def scaled(shape: Shape, scale: float) -> Shape:
     )
 
 
-def app_layers(scale: float) -> tuple[list[Layer], Layer]:
-    """The three layers of the large image, and another top layer over the same two others."""
-    shapes = [scaled(shape, scale) for shape in APP]
-    lower: list[str] = []
-    layers = []
-    for shape in shapes:
-        below = list(lower)
-        layers.append(build(tree(shape, below, f"{shape.name}-1", lower)))
-        if shape is shapes[-1]:
-            return layers, build(tree(shape, below, f"{shape.name}-2", []))
-    raise AssertionError("no shapes")
+Listing = dict[str, tuple[str, int | str, int]]
+"""What a tree holds by path: kind, size or link target, and the checksum of the contents."""
 
 
-def tree(shape: Shape, lower: list[str], salt: str, made: list[str]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """One version of the large image, and what an unpacked root of it holds."""
+
+    layers: tuple[Layer, ...]
+    listing: Listing
+
+
+def app(scale: float) -> tuple[Version, Version]:
+    """The large image, and one that differs in its top layer only."""
+    base, stack, top = (scaled(shape, scale) for shape in APP)
+    paths: list[str] = []
+    listing: Listing = {}
+    lower = [
+        build(_listed(tree(base, [], "base", paths), listing)),
+        build(_listed(tree(stack, list(paths), "stack", paths), listing)),
+    ]
+    versions = []
+    for salt in ("top-1", "top-2"):
+        whole = dict(listing)
+        layer = build(_listed(tree(top, paths, salt, []), whole))
+        versions.append(Version(layers=(*lower, layer), listing=whole))
+    return versions[0], versions[1]
+
+
+def _listed(members: Members, listing: Listing) -> Members:
+    for info, data in members:
+        if info.isfile():
+            listing[info.name] = ("file", info.size, zlib.crc32(data) if isinstance(data, bytes) else 0)
+        else:
+            listing[info.name] = ("symlink", info.linkname, 0) if info.issym() else ("directory", 0, 0)
+        yield info, data
+
+
+def tree(shape: Shape, lower: list[str], salt: str, made: list[str]) -> Members:
     """The members of one layer in the order in which builders write them; paths of new files are added to `made`."""
     names = random.Random(f"{SEED}/{shape.name}/names")
     contents = Contents(random.Random(f"{SEED}/{salt}/contents"))
     directories = _directories(shape, names)
-    paths = [f"{names.choice(directories[3:])}/{_word(names)}_{n}.{_suffix(names)}" for n in range(shape.files)]
+    paths = [
+        f"{names.choice(directories[3:] or directories)}/{_word(names)}_{n}.{_suffix(names)}"
+        for n in range(shape.files)
+    ]
     replaced = names.sample(lower, min(shape.replaced, len(lower)))
     sizes = _sizes(len(paths) + len(replaced), names)
     files = dict(zip([*paths, *replaced], sizes, strict=True))
@@ -111,13 +142,13 @@ def tree(shape: Shape, lower: list[str], salt: str, made: list[str]) -> Iterator
     made.extend(paths)
 
 
-def few_large_files(size: int, count: int = 8) -> Iterator[tuple[tarfile.TarInfo, bytes | _Repeated]]:
+def few_large_files(size: int, count: int = 8) -> Members:
     """A layer of `count` files of together `size` bytes that compress very well, no two the same."""
     for number in range(count):
         info = tarfile.TarInfo(f"large-{number}.dat")
         info.size = size // count
         info.mtime = MTIME
-        yield info, _Repeated(f"{number} of {count} in {size}; ".encode(), info.size)
+        yield info, Repeated(f"{number} of {count} in {size}; ".encode())
 
 
 class Contents:
@@ -125,11 +156,11 @@ class Contents:
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
-        words = [_word(rng) for _ in range(3_000)]
-        frequencies = [1 / (rank + 3) for rank in range(len(words))]
+        words = [_word(rng) for _ in range(1_500)]
+        frequencies = list(itertools.accumulate(1 / (rank + 1) for rank in range(len(words))))
         text = bytearray()
         while len(text) < POOL:
-            text += " ".join(rng.choices(words, frequencies, k=12)).encode() + b"\n"
+            text += " ".join(rng.choices(words, cum_weights=frequencies, k=12)).encode() + b"\n"
         self._text = bytes(text[:POOL])
         self._noise = rng.randbytes(POOL)
 
@@ -146,35 +177,28 @@ class Contents:
         return b"".join(pieces)
 
 
-class _Repeated(io.RawIOBase):
-    """`size` bytes of one sentence, with a count in every 64 kB, without holding them."""
+class Repeated:
+    """Endless bytes: one sentence over and over, with a count in every 64 kB, never held as a whole."""
 
-    def __init__(self, sentence: bytes, size: int) -> None:
-        self._block = (sentence * (SEGMENT // len(sentence) + 1))[: SEGMENT - 16]
-        self._left = size
+    def __init__(self, sentence: bytes) -> None:
+        self._block = (sentence * (SEGMENT // len(sentence) + 1))[:SEGMENT]
         self._number = 0
         self._rest = b""
 
-    def read(self, size: int = -1, /) -> bytes:
-        if not self._rest:
+    def read(self, size: int = SEGMENT, /) -> bytes:
+        while len(self._rest) < size:
             self._number += 1
-            self._rest = (b"%016d" % self._number + self._block)[: self._left]
-        piece = self._rest if size < 0 else self._rest[:size]
-        self._rest = self._rest[len(piece) :]
-        self._left -= len(piece)
+            self._rest += b"%016d" % self._number + self._block
+        piece, self._rest = self._rest[:size], self._rest[size:]
         return piece
 
 
-def build(members: Iterator[tuple[tarfile.TarInfo, bytes | _Repeated]], level: int = 6) -> Layer:
+def build(members: Members, level: int = 6) -> Layer:
     """A gzip layer of these members."""
     sink = _Sink(level)
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for info, data in members:
-            if isinstance(data, _Repeated):
-                # copyfileobj of tarfile reads pieces of its own size and takes a short one for the end.
-                archive.addfile(info, io.BufferedReader(data, SEGMENT))
-            else:
-                archive.addfile(info, io.BytesIO(data))
+            archive.addfile(info, io.BytesIO(data) if isinstance(data, bytes) else data)
     return sink.layer()
 
 
@@ -207,7 +231,7 @@ class _Sink(io.RawIOBase):
         )
 
 
-def manifest(layers: list[Layer], label: str) -> tuple[bytes, bytes]:
+def manifest(layers: Sequence[Layer], label: str) -> tuple[bytes, bytes]:
     """The manifest and the config of an image of these layers; another label makes another image of them."""
     config = json.dumps(
         {

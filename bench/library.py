@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench import images
+from bench.contenders import Source
 from demo import debian
 from tests.docker_registry import DockerRegistry
 from tests.images import BuiltImage
 from unpacker import oci
 
 APP, TINY, LARGE = "bench/app", "bench/tiny", "bench/large"
+TAGS_PER_WISH = 250
 TINY_SHAPE = images.Shape(name="tiny", files=40, directories=10)
 
 
@@ -44,23 +47,32 @@ class NoRegistry(Exception):
 class Library:
     """A running registry with the images in it."""
 
-    def __init__(self, server: DockerRegistry, manifests: dict[str, str], facts: dict[str, float]) -> None:
+    def __init__(self, server: DockerRegistry, document: dict[str, Any]) -> None:
         self._server = server
-        self._manifests = manifests
+        self._manifests: dict[str, str] = document["manifests"]
         self.host = server.host
-        self.facts = facts
+        self.facts: dict[str, int] = document["facts"]
         """What the large image is: its numbers of files and bytes, by word."""
+        self.listings: dict[str, images.Listing] = document["listings"]
+        """What a root of each version of the large image holds."""
 
     def tag(self, name: str, tag: str) -> None:
         """Lets a tag of the large image point at its version `name`."""
         self._server.push_manifest(APP, tag, self._manifests[name].encode(), oci.OCI_MANIFEST)
 
-    def layers(self, name: str) -> tuple[str, ...]:
+    def source(self, name: str, tag: str) -> Source:
+        """The large image's version `name`, which `tag` points at."""
+        return Source(repository=f"{self.host}/{APP}", tag=tag, layers=self._layers(name))
+
+    def tiny(self) -> Source:
+        return Source(repository=f"{self.host}/{TINY}", tag="0-0", layers=self._layers(TINY))
+
+    def _layers(self, name: str) -> tuple[str, ...]:
         return tuple(layer["digest"] for layer in json.loads(self._manifests[name])["layers"])
 
 
 @contextlib.contextmanager
-def library(scale: Scale, below: str, jobs_say: object = print) -> Iterator[Library]:
+def library(scale: Scale, below: str) -> Iterator[Library]:
     """The registry for the time of the `with`; the first run on a machine makes and pushes the images."""
     program = debian.program("docker-registry", "docker-registry", os.path.join(below, "packages"))
     if program is None:
@@ -74,8 +86,7 @@ def library(scale: Scale, below: str, jobs_say: object = print) -> Iterator[Libr
                 json.dump(document, file)
             os.rename(f"{complete}.partial", complete)
         with open(complete, encoding="ascii") as file:
-            kept = json.load(file)
-        yield Library(server, kept["manifests"], kept["facts"])
+            yield Library(server, json.load(file))
 
 
 def warm(below: str, scale: Scale) -> None:
@@ -88,21 +99,40 @@ def warm(below: str, scale: Scale) -> None:
 
 
 def _fill(server: DockerRegistry, scale: Scale) -> dict[str, object]:
-    print("Generating the images and pushing them into a registry under .bench (once; some minutes in full size)")
-    layers, other_top = images.app_layers(scale.app)
-    versions = {"v1": layers, "v2": [*layers[:2], other_top], "v3": [*layers[:2], other_top]}
-    manifests = {name: _push(server, APP, name, stack, label=name) for name, stack in versions.items()}
+    print(
+        "Generating the images and pushing them into a registry under .bench (once; minutes, in full size)", flush=True
+    )
+    first, other = images.app(scale.app)
+    manifests = {
+        "v1": _push(server, APP, "v1", first.layers, label="v1"),
+        "v2": _push(server, APP, "v2", other.layers, label="v2"),
+        "v3": _push(server, APP, "v3", other.layers, label="v3"),
+    }
     tiny = images.build(images.tree(TINY_SHAPE, [], "tiny", []))
     for number in range(scale.tags):
-        _push(server, TINY, f"{number // 250}-{number % 250}", [tiny], label=str(number), known=number > 0)
+        manifests[TINY] = _push(
+            server, TINY, f"{number // TAGS_PER_WISH}-{number}", [tiny], label=str(number), known=number > 0
+        )
     for name, size in (("small", scale.small_layer), ("large", scale.large_layer)):
         _push(server, LARGE, name, [images.build(images.few_large_files(size), level=1)], label=name)
-    unpacked, compressed = sum(layer.unpacked for layer in layers), sum(len(layer.blob) for layer in layers)
-    return {"manifests": manifests, "facts": {"unpacked": unpacked, "compressed": compressed}}
+    unpacked = sum(layer.unpacked for layer in first.layers)
+    compressed = sum(len(layer.blob) for layer in first.layers)
+    files = sum(1 for kind, *_ in first.listing.values() if kind == "file")
+    return {
+        "manifests": manifests,
+        "facts": {"unpacked": unpacked, "compressed": compressed, "files": files},
+        "listings": {"v1": first.listing, "v2": other.listing, "v3": other.listing},
+    }
 
 
 def _push(
-    server: DockerRegistry, repository: str, tag: str, layers: list[images.Layer], *, label: str, known: bool = False
+    server: DockerRegistry,
+    repository: str,
+    tag: str,
+    layers: Sequence[images.Layer],
+    *,
+    label: str,
+    known: bool = False,
 ) -> str:
     """Pushes an image; gives its manifest. `known`: the layers are there from another one."""
     raw, config = images.manifest(layers, label)

@@ -119,6 +119,13 @@ class FakeRegistry:
         """Digests of blobs and manifests with their last byte changed."""
         self.slow: tuple[int, float] | None = None
         """Bodies go out in pieces of so many bytes with so many seconds before each."""
+        self.delay = 0.0
+        """Seconds before each answer."""
+        self.fixed: dict[str, tuple[bytes, dict[str, str]]] = {}
+        """Path → body and headers of a 200, whatever should be there."""
+        self.busiest = 0
+        """The most requests that were being answered at one time."""
+        self._busy = 0
         self._truncations: dict[str | None, list[int]] = {}
 
         self._lock = threading.Lock()
@@ -215,6 +222,11 @@ class FakeRegistry:
         with self._lock:
             self.requests.append(request)
 
+    def busy(self, change: int) -> None:
+        with self._lock:
+            self._busy += change
+            self.busiest = max(self.busiest, self._busy)
+
     def take_fault(self, method: str, path: str) -> Fault | None:
         with self._lock:
             for fault in self.faults:
@@ -294,13 +306,18 @@ class _Handler(BaseHTTPRequestHandler):
         """Silence."""
 
     def do_GET(self) -> None:
-        self._answer()
+        self.server.fake.busy(+1)
+        try:
+            self._answer()
+        finally:
+            self.server.fake.busy(-1)
 
     do_HEAD = do_POST = do_GET
 
     def _answer(self) -> None:
         fake = self.server.fake
-        path, _, query = self.path.partition("?")
+        # As a proxy it is asked for whole URLs; it is whatever host they name.
+        path, _, query = re.sub(r"^http://[^/]*", "", self.path).partition("?")
         path = urllib.parse.unquote(path)
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length).decode() if length else ""
@@ -316,6 +333,7 @@ class _Handler(BaseHTTPRequestHandler):
                 body=body,
             )
         )
+        time.sleep(fake.delay)
         fault = fake.take_fault(self.command, path)
         if fault is not None:
             if fault.status == 0:
@@ -325,6 +343,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if path in fake.redirect:
             self._send(307, b"", {"Location": fake.redirect[path]})
+            return
+        if path in fake.fixed:
+            self._send(200, *fake.fixed[path])
             return
         if path == "/token":
             self._token(values | dict(urllib.parse.parse_qsl(body)))

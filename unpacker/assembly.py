@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from unpacker.registry.client import Access
 from unpacker.registry.layout import Layout
 from unpacker.rootfs import Policy
 from unpacker.settings import Settings, wishlist_identity
-from unpacker.verify import verify
 from unpacker.wishlist import Wishlist
 
 
@@ -86,20 +86,23 @@ def source(image: str, name: str | None) -> tuple[str | None, str]:
 def request(found: Wishlist, path: str, settings: Settings, choice: Choice) -> Request:
     """Everything one run needs."""
     target = publisher(settings)
-    if target.owner is not None:
+    owner = None if target.keeps_owners else (os.geteuid(), os.getegid())
+    if owner is not None:
         print("unpacker: not root: files get the publishing user as owner, not the image's owners", file=sys.stderr)
     asked: Registry = registry(settings) if choice.layout is None else Layout.parse(choice.layout)
     damaged: frozenset[str] = frozenset()
     if choice.rebuild:
+        from unpacker.verify import verify
+
         standing = target.published().values()
-        damaged = frozenset(p.public_path for p in verify(target.directory, list(standing), quick=False))
+        damaged = frozenset(p.public_path for p in verify(target.path, list(standing), quick=False))
     return Request(
         wishes=found.wishes,
         owner=None if choice.anonymous else settings.wishlist_id or wishlist_identity(path),
         sound=found.sound,
         publisher=target,
         registry=asked,
-        policy=Policy(owner=target.owner),
+        policy=Policy(owner=owner),
         limits=settings.limits,
         state=state(settings),
         jobs=settings.jobs,
@@ -124,7 +127,7 @@ def _attach(settings: Settings) -> Callable[[Published, Image], object] | None:
 
     assert settings.target is not None
     target = settings.target
-    receipts = Receipts(access(settings).open(), repository=settings.receipts.repository)
+    receipts = Receipts(access(settings), repository=settings.receipts.repository)
 
     def attach(published: Published, image: Image) -> None:
         receipts.attach(published, image.pinned.descriptor, target)

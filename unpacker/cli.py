@@ -331,17 +331,15 @@ def verify(
     json: Json = False,
 ) -> None:
     """Compare published trees with their records; exit 5 if anything differs."""
-    from unpacker.publish.directory import DirectoryPublisher
     from unpacker.verify import verify as check
 
     settings = _settings(config, target=target)
     publisher = assembly.publisher(settings)
-    assert isinstance(publisher, DirectoryPublisher)
     standing = publisher.published()
     wanted = _published_names(images, standing)
     problems = [
         {"name": p.public_path, "path": p.path, "problem": p.what}
-        for p in check(publisher.directory, [standing[w] for w in wanted], quick=quick)
+        for p in check(publisher.path, [standing[w] for w in wanted], quick=quick)
     ]
     if json:
         print(report.as_json({"checked": len(wanted), "problems": problems}), end="")
@@ -367,11 +365,9 @@ def gc(
     """Delete roots and contents that no name refers to, after a grace period."""
     from unpacker.cache import prune
     from unpacker.gc import collect
-    from unpacker.publish.directory import DirectoryPublisher
 
     settings = _settings(config, target=target, state=state, grace_days=grace, lock_wait=lock_wait)
     publisher = assembly.publisher(settings)
-    assert isinstance(publisher, DirectoryPublisher)
     with publisher.lock(settings.lock_wait):
         found = collect(publisher, grace=settings.grace_days * 86_400, now=time.time(), dry_run=dry_run)
     if not dry_run:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from unpacker.errors import Busy
 
 _POLL = 0.1
+_held: set[int] = set()
 
 
 @contextmanager
@@ -30,14 +31,26 @@ def exclusive(path: str, what: str, wait: float = 0) -> Iterator[None]:
         if left <= 0:
             raise Busy(f"{what} is held by {_holder(path)}; wait for it to end, or look at that process")
         time.sleep(min(_POLL, left))
+    _held.add(fd)
     try:
         _sign(fd)
         yield
     finally:
-        try:
-            os.ftruncate(fd, 0)
-        finally:
-            os.close(fd)
+        if fd in _held:
+            _held.remove(fd)
+            try:
+                os.ftruncate(fd, 0)
+            finally:
+                os.close(fd)
+
+
+def _let_go() -> None:
+    # A forked worker shares the lock, and would hold it on after its parent was killed.
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _try(path: str) -> int | None:

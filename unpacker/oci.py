@@ -81,7 +81,7 @@ class Platform:
 
     @property
     def normal(self) -> Platform:
-        """With the variant that the architecture implies: amd64 is v1, arm64 v8, arm v7 (as in containerd's platforms)."""
+        """With the variant that the architecture implies (as in containerd's platforms): amd64 v1, arm64 v8, arm v7."""
         implied = {"amd64": "v1", "arm64": "v8", "arm": "v7"}.get(self.architecture)
         return Platform(os=self.os, architecture=self.architecture, variant=self.variant or implied)
 

@@ -19,21 +19,24 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 import requests
+import urllib3
 from oras.container import Container
 from oras.provider import Registry as OrasRegistry
 
 from unpacker.digest import Digest
-from unpacker.errors import RegistryError
+from unpacker.errors import Denied, RegistryError, SettingsError
 from unpacker.oci import OCI_INDEX, OCI_MANIFEST, Descriptor
 from unpacker.record import Published
 from unpacker.reference import Repository
+from unpacker.registry.address import why_refused
 from unpacker.registry.auth import Doorkeeper, Endpoint
+from unpacker.registry.client import Access
 from unpacker.registry.credentials import Keychain
 from unpacker.registry.retry import Later, Policy
 from unpacker.registry.transport import Answer, Origin, Refused, Transport
@@ -186,28 +189,29 @@ def _same_path(one: Any, other: dict[str, Any]) -> bool:
 class Receipts:
     """Attaches receipts: to the images in their own registries, or all in one `repository` of the operator's choice.
 
-    `transport` and `keychain` are those of the registry client, so that the same rules say who is called and whose
-    credentials go where. Safe from many threads; receipts for one repository are attached one after another.
+    `access` is that of the registry client, so that the same rules say who is called and whose credentials go where.
+    SettingsError if `repository` is no repository's name. Safe from many threads; receipts for one repository are
+    attached one after another. `close()` ends it, waiting for a next attempt included.
     """
 
-    def __init__(
-        self,
-        *,
-        transport: Transport,
-        keychain: Keychain,
-        policy: Policy,
-        timeout: float,
-        repository: Repository | None = None,
-        budget: float = _BUDGET,
-    ) -> None:
-        self._transport = transport
-        self._keychain = keychain
-        self._policy = replace(policy, attempts=min(policy.attempts, _ATTEMPTS))
-        self._timeout = timeout
-        self._repository = repository
-        self._budget = budget
+    def __init__(self, access: Access, repository: str | None = None, *, budget: float = _BUDGET) -> None:
+        try:
+            self._repository = Repository.parse(repository) if repository is not None else None
+        except ValueError as error:
+            raise SettingsError(f"receipts.repository: {error}") from None
+        self.timeout = access.timeout
+        self.budget = budget
+        self.keychain = Keychain(access.docker_config, os.environ)
+        self.transport = Transport(timeout=access.timeout, insecure_registries=access.insecure_registries)
+        self._closing = threading.Event()
+        attempts = min(access.attempts, _ATTEMPTS)
+        self.policy = Policy(attempts=attempts, backoff=access.backoff, closing=self._closing)
         self._lock = threading.Lock()
         self._writing: dict[Repository, threading.Lock] = {}
+
+    def close(self) -> None:
+        self._closing.set()
+        self.transport.close()
 
     def attach(self, published: Published, subject: Descriptor, target: str) -> str:
         """Attaches the receipt of one publish and gives the artefact's digest; again is no change.
@@ -227,10 +231,15 @@ class Receipts:
         what = f"attach a receipt for {published.reference} in {repository}"
         with self._lock:
             writing = self._writing.setdefault(repository, threading.Lock())
-        with writing, _Pusher(self._endpoint(repository), what, self) as pusher:
-            listed = pusher.push(attached)
-            if self._repository is not None or not listed:
-                pusher.list(attached.entry, referrers_tag(subject.digest))
+        try:
+            with writing, _Pusher(self._endpoint(repository), what, self) as pusher:
+                listed = pusher.push(attached)
+                if self._repository is not None or not listed:
+                    pusher.add_referrer(attached.entry, referrers_tag(subject.digest))
+        except SettingsError as error:  # of a credential helper, asked only now
+            raise RegistryError(f"{what}: {error}") from None
+        except OSError as error:
+            raise RegistryError(f"{what}: cannot write a temporary file: {error.strerror}") from None
         return str(attached.entry["digest"])
 
     def _endpoint(self, repository: Repository) -> Endpoint:
@@ -251,11 +260,12 @@ class _Pusher(OrasRegistry):  # type: ignore[misc]  # oras has no complete annot
         super().__init__(insecure=endpoint.origin.scheme == "http")
         self._endpoint = endpoint
         self._what = what
-        self._transport = owner._transport
-        self._doorkeeper = Doorkeeper(owner._transport, owner._keychain)
-        self._policy = owner._policy
-        self._timeout = owner._timeout
-        self._deadline = time.monotonic() + owner._budget
+        self._transport = owner.transport
+        # One for each attach, so that no token for pushing is used, or asked for, anywhere else.
+        self._doorkeeper = Doorkeeper(owner.transport, owner.keychain)
+        self._policy = owner.policy
+        self._timeout = owner.timeout
+        self._deadline = time.monotonic() + owner.budget
         self._authorities = authorities(os.environ)
         # Without this, requests looks for credentials in ~/.netrc by itself.
         self.session.auth = _leave_as_is
@@ -282,11 +292,12 @@ class _Pusher(OrasRegistry):  # type: ignore[misc]  # oras has no complete annot
         answer = self.upload_manifest(attached.manifest, self._container(digest))
         return bool(answer.headers.get("OCI-Subject") == attached.manifest["subject"]["digest"])
 
-    def list(self, entry: dict[str, Any], tag: str) -> None:
+    def add_referrer(self, entry: dict[str, Any], tag: str) -> None:
         """Puts an entry into the list of referrers under its tag, and what others put there stays.
 
-        There is no lock and no conditional request that registries agree on, so the list is read again after it was
-        written, and merged again if somebody else's came in between.
+        There is no lock and no conditional request that registries agree on. So the list is read again after it was
+        written, and merged again if somebody else's took its place; who writes an old list later still can take an
+        entry out, which the specification accepts. The artefact itself stays.
         """
         url = f"{self.prefix}://{self._container(tag).manifest_url()}"
         for _ in range(_ROUNDS):
@@ -333,7 +344,8 @@ class _Pusher(OrasRegistry):  # type: ignore[misc]  # oras has no complete annot
         """One request: authorised, in bounded time, tried again where waiting may help. The response is a success, or
         a 404 to a question; everything else is raised as RegistryError."""
         body = serialise(json) if json is not None else data
-        return self._policy.run(lambda: self._attempt(method, url, body, headers or {}))
+        response: requests.Response = self._policy.run(lambda: self._attempt(method, url, body, headers or {}))
+        return response
 
     def _attempt(self, method: str, url: str, body: bytes | None, headers: Mapping[str, str]) -> requests.Response:
         try:
@@ -344,9 +356,7 @@ class _Pusher(OrasRegistry):  # type: ignore[misc]  # oras has no complete annot
             raise RegistryError(f"{error}; given up for this time", status=error.status) from None
 
     def _authorised(self, method: str, url: str, body: bytes | None, headers: Mapping[str, str]) -> requests.Response:
-        if _origin(url) != self._endpoint.origin:
-            # Where an upload goes is the registry's choice, and it could choose any host that this one can reach.
-            raise Refused(f"{self._what}: told to upload to another host")
+        url = self._at_home(url)
         grant = self._doorkeeper.grant(self._endpoint, anonymous=False, what=self._what)
         response = self._send(method, url, body, headers, grant.header)
         if response.status_code == 401:
@@ -359,18 +369,37 @@ class _Pusher(OrasRegistry):  # type: ignore[misc]  # oras has no complete annot
             return response
         if response.status_code == 404 and method in ("GET", "HEAD"):
             return response
-        error = self._answer(response).failure(f"{self._what}: {method}", grant.secrets)
-        if response.status_code in (401, 403):
-            error.args = (f"{error}{self._doorkeeper.why_anonymous(self._endpoint)}",)
-        raise error
+        failure = self._answer(response).failure(grant.secrets)
+        if isinstance(failure, Denied):
+            why = self._doorkeeper.why_anonymous(self._endpoint)
+            raise Denied(f"{failure}{why}", status=failure.status)
+        raise failure
+
+    def _at_home(self, url: str) -> str:
+        """The URL, which must lead to the registry itself: where an upload goes is its choice, and it could choose any
+        host that this one can reach."""
+        own = self._endpoint.origin
+        try:
+            parsed = httpx.URL(url)
+            named = Origin.of(parsed)
+        except (httpx.InvalidURL, ValueError):
+            raise RegistryError(f"{self._what}: told to upload to what is no URL") from None
+        # A registry behind a proxy that ends TLS often believes itself to be plain http: its path is taken, its scheme
+        # is not.
+        same = named.host == own.host and (named.port == own.port or {named.port, own.port} == {80, 443})
+        if not same or parsed.userinfo:
+            raise Refused(f"{self._what}: told to upload to another host: refused")
+        return str(httpx.URL(self._endpoint.url("")).copy_with(raw_path=parsed.raw_path))
 
     def _send(
         self, method: str, url: str, body: bytes | None, headers: Mapping[str, str], authorization: str
     ) -> requests.Response:
         if authorization and not self._transport.may_carry_secrets(self._endpoint.origin):
             raise Refused(f"{self._what}: credentials are not sent over plain http (list the host as insecure)")
+        if (reason := why_refused(self._endpoint.origin.host)) is not None:
+            raise Refused(f"{self._what}: {self._endpoint.host} is never called: {reason}")
         try:
-            response = self.session.request(
+            response: requests.Response = self.session.request(
                 method,
                 url,
                 data=body,
@@ -387,6 +416,8 @@ class _Pusher(OrasRegistry):  # type: ignore[misc]  # oras has no complete annot
             raise RegistryError(f"{self._what}: its certificate is not one to trust") from None
         except (requests.ConnectionError, requests.Timeout) as error:
             raise Later(f"{self._what}: {_words(error)}") from None
+        except urllib3.exceptions.HTTPError:
+            raise Later(f"{self._what}: the answer broke off") from None
         except requests.RequestException as error:
             raise RegistryError(f"{self._what}: not a request that can be sent ({type(error).__name__})") from None
         return response
@@ -394,7 +425,8 @@ class _Pusher(OrasRegistry):  # type: ignore[misc]  # oras has no complete annot
     def _read(self, response: requests.Response, limit: int) -> bytes:
         body = bytearray()
         try:
-            for piece in response.iter_content(8192):
+            # iter_content would wait for a whole piece, however slowly its bytes come.
+            while piece := response.raw.read1(65536, decode_content=False):
                 body += piece
                 if len(body) > limit:
                     raise RegistryError(f"{self._what}: an answer longer than the limit of {limit} bytes")
@@ -412,7 +444,8 @@ class _Pusher(OrasRegistry):  # type: ignore[misc]  # oras has no complete annot
             stream=httpx.ByteStream(response.content),
             request=httpx.Request(str(response.request.method), self._endpoint.url("")),
         )
-        return Answer(copied, self._endpoint.origin, self._timeout)
+        what = f"{self._what}: {response.request.method}"
+        return Answer(copied, what, self._endpoint.origin, self._timeout)
 
 
 def authorities(environment: Mapping[str, str]) -> str | bool:
@@ -431,13 +464,6 @@ def authorities(environment: Mapping[str, str]) -> str | bool:
 
 def _leave_as_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
     return request
-
-
-def _origin(url: str) -> Origin | None:
-    try:
-        return Origin.of(httpx.URL(url))
-    except (httpx.InvalidURL, ValueError):
-        return None
 
 
 def _words(error: requests.RequestException) -> str:

@@ -1,6 +1,7 @@
 """DUCC's recipe (version 1) read as a wishlist, as DUCC reads it.
 
-An image starts with its registry, and is read over https unless it says http. Where this program's globs differ from DUCC's patterns, which are regular expressions by accident, a warning says so.
+An image starts with its registry, and is read over https unless it says http. Where this program's globs differ from
+DUCC's patterns, which are regular expressions by accident, a warning says so.
 """
 
 from __future__ import annotations
@@ -39,10 +40,13 @@ def _items(node: Node | None, key: str, findings: Findings) -> tuple[Scalar, ...
     if not isinstance(node, Sequence):
         findings.fault(node, f"{key} is a list, one entry per line, each after a dash")
         return ()
+    usable = []
     for item in node.items:
         if not isinstance(item, Scalar) or item.is_null or not item.text:
             findings.fault(item, f"an entry of {key} is one text (expected for example 'https://host/repository:tag')")
-    return tuple(item for item in node.items if isinstance(item, Scalar) and item.text and not item.is_null)
+        elif not item.faults:
+            usable.append(item)
+    return tuple(usable)
 
 
 def _read_input(node: Scalar, platform: Platform, claims: Claims, findings: Findings) -> None:

@@ -24,6 +24,7 @@ _NAME = re.compile(rf"{_NAME_COMPONENT}(?:/{_NAME_COMPONENT})*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _GLOB_CHARACTERS = frozenset("*?[")
 _GLOB = re.compile(r"(?:[A-Za-z0-9_.*?-]|\[!?[A-Za-z0-9_.-]+\])+")
+_SET = re.compile(r"\[!?(.*?)\]")
 _RANGE = re.compile(r"(.)-(.)")
 _CREDENTIALS = re.compile(r"(?:[^/]*://)?[^/]*@[^/]*/")
 _QUERY = re.compile(r"\?[^/\[\]]*[=&]")
@@ -189,9 +190,10 @@ class TagPattern:
             )
         if text[0] in ".-":
             raise ValueError(f"no tag starts with {text[0]!r}: {text!r} (write '*{text}' if that is meant)")
-        for first, last in _RANGE.findall("".join(re.findall(r"\[!?(.*?)\]", text))):
-            if first > last:
-                raise ValueError(f"an empty range {first}-{last} in {text!r} (write {last}-{first})")
+        for characters in _SET.findall(text):
+            for first, last in _RANGE.findall(characters):
+                if first > last:
+                    raise ValueError(f"an empty range {first}-{last} in tag pattern {text!r} (write {last}-{first})")
         if not _GLOB_CHARACTERS & set(text) and not is_tag(text):
             raise ValueError(f"not a tag: {text!r} (a tag has at most 128 characters)")
         return cls(text)

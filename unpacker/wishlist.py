@@ -148,6 +148,9 @@ def _read_images(root: Mapping, default_platform: Platform, claims: Claims, find
     defaults = _read_defaults(root.get("defaults"), default_platform, findings)
     if "defaults" in meant:
         defaults = replace(defaults, is_sound=False)
+    if not defaults.is_sound:
+        place = next(key for key, _ in root.entries if key.text == "defaults" or "defaults" in meant)
+        findings.warn(place, "until defaults is right, images without a platform of their own are left alone")
     images = root.get("images")
     if images is None:
         findings.fault(root, "no images (expected `images:` with a list; `images: []` wishes for nothing)")
@@ -277,14 +280,15 @@ def _value(node: Mapping, key: str, read: Callable[[Node, Findings], T | None], 
     return read(value, findings)
 
 
-def _patterns(node: Node, findings: Findings) -> tuple[TagPattern, ...]:
+def _patterns(node: Node, findings: Findings) -> tuple[TagPattern, ...] | None:
     if not isinstance(node, Sequence):
         example = f'["{node.text}"]' if isinstance(node, Scalar) and len(node.text) < 40 else '["1.*", "2.*"]'
         findings.fault(node, f"not a list (expected for example {example})")
-        return ()
+        return None
     if len(node.items) > PATTERNS_LIMIT:
         findings.fault(node, f"{len(node.items):,} patterns, more than {PATTERNS_LIMIT} (write fewer and wider ones)")
-        return ()
+        return None
+    before = findings.count
     patterns = []
     for item in node.items:
         if not isinstance(item, Scalar) or item.is_null:
@@ -294,7 +298,7 @@ def _patterns(node: Node, findings: Findings) -> tuple[TagPattern, ...]:
             patterns.append(TagPattern.parse(item.text))
         except ValueError as error:
             findings.fault(item, str(error))
-    return tuple(patterns)
+    return tuple(patterns) if findings.count == before else None
 
 
 def _versions(node: Node, findings: Findings) -> str | None:

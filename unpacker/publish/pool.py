@@ -10,10 +10,11 @@ import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from hashlib import blake2b, file_digest, sha256
 
 from unpacker.changeset import Entry, Xattrs
 from unpacker.digest import Stream
@@ -109,35 +110,52 @@ class ContentPool:
         with open(fd, "rb") as stream:
             yield stream
 
-    def missing(self, tokens: Collection[str]) -> set[str]:
-        """Which of these the pool does not hold; empty files need none."""
+    def missing(self, tokens: Collection[str], *, check: bool = False) -> set[str]:
+        """Which of these the pool does not hold; empty files need none. With `check` bytes and metadata are compared
+        with the token; what differs is thrown out of the pool (roots that have it keep it), and counts as missing."""
+        wanted = [token for token in tokens if not token.startswith(EMPTY)]
         try:
             pool_fd = os.open(self._pool, posix.DIRECTORY_FLAGS)
         except FileNotFoundError:
-            return {token for token in tokens if not token.startswith(EMPTY)}
+            return set(wanted)
         except OSError as error:
             raise posix.failure(error, f"opening the pool of {self._root}") from error
-        # What access(2) cannot tell counts as missing: that costs reading a layer again, nothing else.
-        access, exists = os.access, os.F_OK
         try:
-            return {
-                token
-                for token in tokens
-                if not token.startswith(EMPTY) and not access(pool_path(token), exists, dir_fd=pool_fd)
-            }
+            if check:
+                return {token for token in wanted if not self._is_sound(token, pool_fd)}
+            # What access(2) cannot tell counts as missing: that costs reading a layer again, nothing else.
+            return {token for token in wanted if not os.access(pool_path(token), os.F_OK, dir_fd=pool_fd)}
+        except OSError as error:
+            raise posix.failure(error, f"checking the pool of {self._root}") from error
         finally:
             os.close(pool_fd)
 
-    def discard(self, tokens: Collection[str]) -> None:
-        """Takes damaged contents out of the pool, so that they are written anew when next put. Roots that have them
-        keep them."""
-        for token in tokens:
-            try:
-                os.unlink(f"{self._pool}/{pool_path(token)}")
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise posix.failure(error, f"discarding content {token} of {self._root}") from error
+    @staticmethod
+    def _is_sound(token: str, pool_fd: int) -> bool:
+        path = pool_path(token)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=pool_fd)
+        except FileNotFoundError:
+            return False
+        try:
+            with open(fd, "rb", buffering=0) as file:
+                digest = file_digest(file, "sha256").hexdigest()
+                own = os.fstat(fd)
+                found = content_token(
+                    digest,
+                    stat.S_IMODE(own.st_mode),
+                    own.st_uid,
+                    own.st_gid,
+                    own.st_mtime_ns,
+                    posix.user_xattrs(fd),
+                )
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            found = ""  # A bad block: as good as another content.
+        if found != token:
+            os.unlink(path, dir_fd=pool_fd)
+        return found == token
 
 
 class PoolBatch:
@@ -167,7 +185,7 @@ class PoolBatch:
             data += b"".join(posix.pieces(stream, size - len(data)))
         digest = sha256(data).hexdigest()
         token = content_token(digest, hint.mode, hint.uid, hint.gid, hint.mtime_ns, hint.xattrs)
-        if self._has(token):
+        if self._has(token, size, hint):
             return token
         try:
             fd, name = self._create()
@@ -202,7 +220,7 @@ class PoolBatch:
                 os.close(fd)
             self._written += size
             token = content_token(hasher.hexdigest(), hint.mode, hint.uid, hint.gid, hint.mtime_ns, hint.xattrs)
-            if self._has(token):
+            if self._has(token, size, hint):
                 os.unlink(name, dir_fd=self._scratch_fd)
             else:
                 self._fresh[token] = name
@@ -232,9 +250,20 @@ class PoolBatch:
         except OSError:
             pass  # An orphan is harmless; the next holder of the lock clears it away.
 
-    def _has(self, token: str) -> bool:
-        # What access(2) cannot tell is written again, which is safe.
-        return token in self._fresh or os.access(f"{token[:2]}/{token[2:]}", os.F_OK, dir_fd=self._pool_fd)
+    def _has(self, token: str, size: int, hint: Entry) -> bool:
+        if token in self._fresh:
+            return True
+        try:
+            own = os.stat(f"{token[:2]}/{token[2:]}", dir_fd=self._pool_fd, follow_symlinks=False)
+        except OSError:
+            return False  # What cannot be told is written again, which is safe.
+        # Somebody who wrote into a published file wrote into the pool. Where that shows, the content gets a new inode.
+        # (Whole seconds, because not every file system keeps more.)
+        return (
+            own.st_size == size
+            and own.st_mode & 0o7777 == hint.mode
+            and own.st_mtime_ns // 1_000_000_000 == hint.mtime_ns // 1_000_000_000
+        )
 
     def _create(self) -> tuple[int, str]:
         name = str(self._count)

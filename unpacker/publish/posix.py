@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import NamedTuple
 
 from unpacker.changeset import Kind, Xattrs
 from unpacker.digest import Stream
@@ -127,7 +128,9 @@ class Descent:
     def __enter__(self) -> Descent:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for fd in (self.fd, *self._parents):
             if fd >= 0:
                 os.close(fd)
@@ -136,7 +139,7 @@ class Descent:
 def set_metadata(fd: int, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Xattrs, owners: bool) -> None:
     """Gives an open file or directory its final owner (if `owners`), xattrs, mode and mtime."""
     if owners:
-        # Always, because a set-gid directory or a mount option may have given the new file another group.
+        # Always, because a mount option may have given the new file another group.
         os.fchown(fd, uid, gid)
     for name, value in xattrs:
         # Before the mode: who may not write to a file may not give it user.* attributes either (xattr(7)).
@@ -151,6 +154,17 @@ def set_metadata(fd: int, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: 
     # Beyond 64 bits the call itself fails; what the file system cannot express it clips by itself.
     time = max(-_TIME_LIMIT, min(mtime_ns, _TIME_LIMIT))
     os.utime(fd, ns=(time, time))
+
+
+def user_xattrs(fd: int) -> Xattrs:
+    """The `user.*` attributes of an open file or directory, sorted by name; none where the file system has none."""
+    try:
+        names = os.listxattr(fd)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return ()
+        raise
+    return tuple((name, os.getxattr(fd, name)) for name in sorted(names) if name.startswith("user."))
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -269,6 +283,47 @@ def _set_link_metadata(node: Node, name: str, dir_fd: int, owners: bool) -> None
         os.chown(name, node.uid, node.gid, dir_fd=dir_fd, follow_symlinks=False)
     time = max(-_TIME_LIMIT, min(node.mtime_ns, _TIME_LIMIT))
     os.utime(name, ns=(time, time), dir_fd=dir_fd, follow_symlinks=False)
+
+
+class Found(NamedTuple):
+    """One name on disk. `fd` is the directory it is in (or it is itself), open while this one is current; `problem`
+    says what could not be read: its attributes, if `own` is None, else what is below."""
+
+    path: str
+    own: os.stat_result | None
+    fd: int
+    problem: str = ""
+
+
+def walk(at: Descent) -> Iterator[Found]:
+    """Everything below and with the directory where `at` stands: a directory before what is in it, names by their
+    bytes, as `tree.walk` has it."""
+    yield Found("", os.fstat(at.fd), at.fd)
+    stack = [("", iter(sorted(os.listdir(at.fd), key=os.fsencode)))]
+    while stack:
+        prefix, names = stack[-1]
+        name = next(names, None)
+        if name is None:
+            stack.pop()
+            if stack:
+                os.close(at.up())
+            continue
+        path = prefix + name
+        try:
+            own = os.stat(name, dir_fd=at.fd, follow_symlinks=False)
+        except PermissionError:
+            yield Found(path, None, at.fd, "cannot be read")
+            continue
+        if not stat.S_ISDIR(own.st_mode):
+            yield Found(path, own, at.fd)
+            continue
+        try:
+            at.down(name)
+        except PermissionError:
+            yield Found(path, own, at.fd, "what is below cannot be read")
+            continue
+        yield Found(path, own, at.fd)
+        stack.append((f"{path}/", iter(sorted(os.listdir(at.fd), key=os.fsencode))))
 
 
 def remove_tree(name: str, dir_fd: int) -> None:

@@ -124,19 +124,21 @@ class Client:
         what = f"listing the tags of {endpoint.name} at {endpoint.host}"
         tags: dict[str, None] = {}
         seen: set[str] = set()
+        fullest = 0
         page_url: str | None = endpoint.url(f"tags/list?n={_PAGE}")
         while page_url is not None:
             if page_url in seen:
                 raise RegistryError(f"{what}: its pages go in circles", status=200)
             seen.add(page_url)
             page, link = self._page(endpoint, page_url, what, first=not tags)
+            fullest = max(fullest, len(page))
             before = len(tags)
             tags.update(dict.fromkeys(page))
             if len(tags) > _TAGS or len(seen) > _PAGES:
                 raise RegistryError(f"{what}: no end after {len(tags)} tags on {len(seen)} pages", status=200)
             if link is not None:
                 page_url = _next_page(endpoint, page_url, link, what)
-            elif page and len(tags) > before and (len(page) >= _PAGE or len(page) % _ROUND == 0):
+            elif len(tags) > before and (len(page) >= _PAGE or (len(page) == fullest and len(page) % _ROUND == 0)):
                 # A full page without a link: what may follow is asked for by the last name. A registry that knows
                 # neither gives the same page again, which is nothing new, and the end.
                 last = urllib.parse.quote(page[-1], safe="", errors="surrogatepass")

@@ -1,0 +1,310 @@
+"""One transaction on a directory target: what it prepares, and the order in which it becomes visible.
+
+    bytes → sync → roots → sync → records → sync → links → sync
+
+Everything is written under temporary names and renamed after the sync that made it durable, so that a kill at any
+point leaves every public link equal to its record: a record says what its name stood for before (`replaces`), and the
+link tells which of the two is in force. Roots are staged beside their final names (`.flat/xx/.<root>.<transaction>`)
+and not in `.unpacker/txn`, because a user who is not root can move a read-only directory only within its parent.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from unpacker import listing
+from unpacker.contracts import Release
+from unpacker.digest import Digest
+from unpacker.errors import PublishError
+from unpacker.publish import posix
+from unpacker.publish.layout import (
+    FLAT,
+    METADATA,
+    POOL,
+    ROOTS,
+    TXN,
+    UNREFERENCED,
+    Layout,
+    RootFacts,
+    root_path,
+    serialise_unreferenced,
+)
+from unpacker.publish.pool import PoolLinks
+from unpacker.record import Published, Unreadable
+
+_NOTE = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Staged:
+    """A root written under a temporary name, not yet in place."""
+
+    name: str
+    temporary: str
+    facts: RootFacts
+
+
+class DirectoryTransaction:
+    """Made, committed and closed by `DirectoryPublisher.transaction`, under the target's lock."""
+
+    def __init__(self, layout: Layout, before: dict[str, Published | Unreadable]) -> None:
+        """OSError as it comes; then nothing is left open."""
+        self._layout = layout
+        self._before = before
+        self._name = f"publish-{os.getpid()}-{secrets.token_hex(6)}"
+        self._staged: dict[tuple[str, str], _Staged] = {}
+        self._records: dict[str, tuple[Published, bytes]] = {}
+        self._removed: dict[str, int] = {}
+        self._damaged: set[str] = set()
+        self._notes: dict[str, bytes] = {}
+        self._fds: list[int] = []
+        try:
+            # Open before anything is written, so that the syncs hear of every page that was lost.
+            self._root_fd = self._opened("")
+            self._pool_fd = self._opened(POOL)
+            self._roots_fd = self._opened(ROOTS)
+            os.mkdir(f"{layout.path}/{TXN}/{self._name}", 0o700)
+            self._txn_fd = self._opened(f"{TXN}/{self._name}")
+        except OSError:
+            self.close()
+            raise
+        self._links = PoolLinks(layout.path, self._pool_fd, self._txn_fd)
+
+    def _opened(self, path: str) -> int:
+        fd = self._layout.open(path)
+        self._fds.append(fd)
+        return fd
+
+    # Preparing -------------------------------------------------------------------------------------------------------
+
+    def publish(self, release: Release) -> Published:
+        """Composes the root (unless it exists) where nobody sees it, and completes the record. If this raises, the
+        transaction is as it was before. `altered` is what the release's record says, or that of the root at hand.
+
+        A tree for a name that has this very root already asks for another one: the root is damaged. It keeps the
+        names that it has, and is never published again.
+        """
+        record = release.record
+        key = (record.image_id, record.rules)
+        before = self._before.get(record.public_path)
+        try:
+            staged = self._staged.get(key)
+            root = root_path(staged.name) if staged else self._layout.root(*key)
+            if root and release.tree and not staged and isinstance(before, Published) and before.root == root:
+                damaged, root = posixpath.basename(root), None
+            else:
+                damaged = None
+            if root is None:
+                staged = self._staged[key] = self._compose(release)
+                root = root_path(staged.name)
+            if damaged:
+                self._damaged.add(damaged)
+            facts = staged.facts if staged else self._layout.facts(posixpath.basename(root))
+        except OSError as error:
+            raise posix.failure(error, f"composing the root of {record.reference} in {self._layout.path}") from error
+        if facts is None:
+            raise PublishError(f"{root} in {self._layout.path} vanished while it was being published; run again")
+        completed = replace(
+            record,
+            root=root,
+            entries=facts.entries,
+            size=facts.size,
+            altered=facts.altered,
+            replaces=replace(before, replaces=None) if isinstance(before, Published) else None,
+        )
+        self._records[record.public_path] = (completed, release.image.manifest.raw)
+        self._removed.pop(record.public_path, None)
+        return completed
+
+    def _compose(self, release: Release) -> _Staged:
+        record, tree = release.record, release.tree
+        if tree is None:
+            raise PublishError(f"{self._layout.path} has no sound root of {record.image_id} any more; run again")
+        name = self._free_name(record.image_id)
+        temporary = f".{name}.{self._name}"
+        parent = self._layout.open(f"{FLAT}/{name[:2]}", create=True)
+        try:
+            entries, size = posix.write_tree(tree, temporary, parent, self._links.link, posix.keeps_owners())
+            facts = RootFacts(
+                image_id=record.image_id,
+                rules=record.rules,
+                entries=entries,
+                size=size,
+                altered=dict(record.altered),
+                layers=record.layers,
+            )
+            posix.write_file(f"{name}.zst", self._txn_fd, listing.listing(tree))
+            posix.write_file(f"{name}.json", self._txn_fd, facts.serialise())
+        except BaseException:
+            self._sweep(temporary, parent)
+            for suffix in ("zst", "json"):
+                self._sweep(f"{name}.{suffix}", self._txn_fd)
+            raise
+        finally:
+            os.close(parent)
+        return _Staged(name=name, temporary=temporary, facts=facts)
+
+    def _free_name(self, image_id: str) -> str:
+        # Whatever is there, ours or foreign, is left alone: a root is never changed once it has its name.
+        hexadecimal = Digest.parse(image_id).hex
+        taken = {*self._layout.names(f"{FLAT}/{hexadecimal[:2]}"), *(staged.name for staged in self._staged.values())}
+        name, n = hexadecimal, 1
+        while name in taken:
+            n += 1
+            name = f"{hexadecimal}-{n}"
+        return name
+
+    def remove(self, public_paths: Sequence[str], *, now: int) -> None:
+        """Takes public names away; PublishError if one of them does not exist, and then none is taken."""
+        unknown = [path for path in public_paths if path not in self._before and path not in self._records]
+        if unknown:
+            raise PublishError(f"not published in {self._layout.path}: {', '.join(unknown)}")
+        for path in public_paths:
+            self._records.pop(path, None)
+            if path in self._before:
+                self._removed[path] = now
+
+    def note(self, name: str, data: bytes) -> None:
+        """Writes `.metadata/<name>` with everything else."""
+        if not _NOTE.fullmatch(name) or f"{METADATA}/{name}" == UNREFERENCED:
+            raise PublishError(f"not a name for a note: {name!r}")
+        self._notes[name] = data
+
+    # Committing ------------------------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Publishes, in the order that this module promises. OSError as it comes."""
+        if not (self._staged or self._records or self._removed or self._notes):
+            return
+        self._mark_damaged()
+        posix.syncfs(self._root_fd)
+        self._links.settle()
+        self._place_roots()
+        self._write_records()
+        posix.syncfs(self._root_fd)
+        self._place_records()
+        posix.syncfs(self._root_fd)
+        self._switch_links()
+        self._unpublish()
+        posix.syncfs(self._root_fd)
+
+    def _mark_damaged(self) -> None:
+        for name in self._damaged:
+            facts = self._layout.facts(name)
+            if facts is not None:
+                data = replace(facts, damaged=True).serialise()
+                posix.write_file(f"{name}.json", self._txn_fd, data)
+
+    def _place_roots(self) -> None:
+        for name in self._damaged:
+            os.rename(f"{name}.json", f"{name}.json", src_dir_fd=self._txn_fd, dst_dir_fd=self._roots_fd)
+        for key, staged in list(self._staged.items()):
+            # The facts first: a root without facts counts as another tool's.
+            for suffix in ("zst", "json"):
+                name = f"{staged.name}.{suffix}"
+                os.rename(name, name, src_dir_fd=self._txn_fd, dst_dir_fd=self._roots_fd)
+            parent = self._layout.open(f"{FLAT}/{staged.name[:2]}")
+            try:
+                os.rename(staged.temporary, staged.name, src_dir_fd=parent, dst_dir_fd=parent)
+            finally:
+                os.close(parent)
+            del self._staged[key]
+
+    def _write_records(self) -> None:
+        for i, (path, (record, manifest)) in enumerate(self._records.items()):
+            posix.write_file(f"{i}.manifest", self._txn_fd, manifest)
+            posix.write_file(f"{i}.record", self._txn_fd, record.serialise())
+            os.symlink("../" * path.count("/") + record.root, f"{i}.link", dir_fd=self._txn_fd)
+            self._write_listing(f"{posixpath.basename(record.root)}.zst", f"{i}.listing")
+        posix.write_file("unreferenced", self._txn_fd, serialise_unreferenced(self._unreferenced()))
+        for name, data in self._notes.items():
+            posix.write_file(f"note.{name}", self._txn_fd, data)
+
+    def _write_listing(self, source: str, name: str) -> None:
+        try:
+            os.link(source, name, src_dir_fd=self._roots_fd, dst_dir_fd=self._txn_fd, follow_symlinks=False)
+        except OSError:
+            # No links on this file system, or no more of this one. What else may be wrong, reading it will tell.
+            posix.write_file(name, self._txn_fd, self._layout.read(f"{ROOTS}/{source}", None))
+
+    def _place_records(self) -> None:
+        for i, path in enumerate(self._records):
+            fd = self._layout.open(f"{METADATA}/{path}", create=True)
+            try:
+                os.rename(f"{i}.listing", "listing.zst", src_dir_fd=self._txn_fd, dst_dir_fd=fd)
+                os.rename(f"{i}.manifest", "manifest.json", src_dir_fd=self._txn_fd, dst_dir_fd=fd)
+                os.rename(f"{i}.record", "record.json", src_dir_fd=self._txn_fd, dst_dir_fd=fd)
+            finally:
+                os.close(fd)
+        os.rename("unreferenced", UNREFERENCED, src_dir_fd=self._txn_fd, dst_dir_fd=self._root_fd)
+        for name in self._notes:
+            os.rename(f"note.{name}", f"{METADATA}/{name}", src_dir_fd=self._txn_fd, dst_dir_fd=self._root_fd)
+
+    def _switch_links(self) -> None:
+        for i, path in enumerate(self._records):
+            directory, name = posixpath.split(path)
+            fd = self._layout.open(directory, create=True)
+            try:
+                os.rename(f"{i}.link", name, src_dir_fd=self._txn_fd, dst_dir_fd=fd)
+            finally:
+                os.close(fd)
+
+    def _unpublish(self) -> None:
+        for path in self._removed:
+            directory, name = posixpath.split(path)
+            fd = self._layout.open(directory)
+            try:
+                os.unlink(name, dir_fd=fd)
+            finally:
+                os.close(fd)
+            self._layout.remove_record(path)
+            self._layout.remove_empty(directory)
+
+    def _unreferenced(self) -> dict[str, int]:
+        try:
+            recorded = self._layout.unreferenced()
+        except ValueError:
+            # Damaged: roots without a name get the time of the next gc, so that their grace period starts later.
+            recorded = {}
+        before = {path: root for path in self._before if (root := self._layout.link_root(path))}
+        after = {path: root for path, root in before.items() if path not in self._removed}
+        after.update((path, record.root) for path, (record, _) in self._records.items())
+        named = set(after.values())
+        lost: dict[str, int] = {}
+        for path, root in before.items():
+            if root not in named and root.startswith(f"{FLAT}/"):
+                time = self._removed[path] if path in self._removed else self._records[path][0].published
+                lost[root] = max(time, lost.get(root, time))
+        return {root: time for root, time in recorded.items() if root not in named} | lost
+
+    # Ending ----------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Takes away what is left under temporary names, the transaction's own directory last, and closes."""
+        for staged in self._staged.values():
+            self._sweep_below(f"{FLAT}/{staged.name[:2]}", staged.temporary)
+        self._sweep_below(TXN, self._name)
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def _sweep_below(self, directory: str, name: str) -> None:
+        try:
+            fd = self._layout.open(directory)
+        except OSError:
+            return
+        try:
+            self._sweep(name, fd)
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _sweep(name: str, dir_fd: int) -> None:
+        try:
+            posix.remove_tree(name, dir_fd)
+        except OSError:
+            pass  # What stopped the transaction must be heard; what is left, the next holder of the lock removes.
