@@ -197,6 +197,8 @@ def report(measured: dict[str, Any], scale: Scale) -> list[Goal]:
     goals = [goal for kind in dict.fromkeys(s.filesystem for s in samples) for goal in speed_goals(samples, kind)]
     goals += [results.noop_goal(scale.tags, measured["noop"]), *results.memory_goals(measured["peaks"])]
     print("\n" + "\n".join(str(goal) for goal in goals))
+    if scale != FULL:
+        print("\nThese were small images: start-up dominates, and neither times nor goals mean anything.")
     return goals
 
 

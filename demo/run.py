@@ -123,7 +123,7 @@ def tell(host: str, push: Push) -> None:
     heading("A program in the published root")
     run_inside(os.path.join(HERE, "target", f"{host}/{REPOSITORY}:1.1"))
     say()
-    say("All of it is in .demo: target (the published tree), state, registry, wishlist.yaml.")
+    say("All of it stays in .demo to be looked at: wishlist.yaml, target (what was published), state (caches).")
 
 
 def unpacker(*arguments: str) -> None:

@@ -56,3 +56,7 @@ def fresh_docker_registry(tmp_path: Path) -> Iterator[debian.DockerRegistry]:
         pytest.skip("docker-registry is not installed (apt install docker-registry): nothing tested with it")
     with debian.DockerRegistry(tmp_path / "docker-registry") as running:
         yield running
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--torture", action="store_true", help="kill runs at every point, not at a sample")

@@ -60,7 +60,11 @@ class MemoryStore:
     def open(self, token: str) -> Iterator[Stream]:
         yield io.BytesIO(self.contents[token])
 
-    def missing(self, tokens: Collection[str]) -> set[str]:
+    def missing(self, tokens: Collection[str], *, check: bool = False) -> set[str]:
+        if check:
+            for token in set(tokens) & self.contents.keys():
+                if hashlib.sha256(self.contents[token]).hexdigest() != token:
+                    del self.contents[token]
         return {token for token in tokens if token not in self.contents}
 
 

@@ -37,8 +37,8 @@ def header(
     """One header block; `rest` replaces what follows the device numbers (byte 345 on), where GNU keeps other things."""
     number = b"%011o\0" % size if isinstance(size, int) else size
     block = bytearray(512)
-    fields = (name, 100), (mode, 8), (uid, 8), (gid, 8), (number, 12), (mtime, 12), (b" " * 8, 8), (flag, 1)
-    fields += (link, 100), (magic, 8), (b"", 64), (major, 8), (minor, 8), (rest or prefix, 167)
+    fields = [(name, 100), (mode, 8), (uid, 8), (gid, 8), (number, 12), (mtime, 12), (b" " * 8, 8), (flag, 1)]
+    fields += [(link, 100), (magic, 8), (b"", 64), (major, 8), (minor, 8), (rest or prefix, 167)]
     pos = 0
     for value, length in fields:
         assert len(value) <= length

@@ -19,6 +19,7 @@ from tests.fake_registry import FakeRegistry
 from tests.images import file, image, layer
 from unpacker.digest import Digest
 from unpacker.errors import Denied, RegistryError, SettingsError
+from unpacker.oci import Descriptor
 from unpacker.reference import Reference, Repository
 from unpacker.registry.auth import Challenge, parse_challenges
 from unpacker.registry.client import Access, Client
@@ -80,7 +81,8 @@ def guarded(registry: FakeRegistry) -> FakeRegistry:
             ['Basic realm="a, \\"b\\"", Bearer realm="https://x/t", scope="s"'],
             [("basic", {"realm": 'a, "b"'}), ("bearer", {"realm": "https://x/t", "scope": "s"})],
         ),
-        (["Basic", "bearer Realm=https://x/t , service=y"], [("basic", {}), ("bearer", {"realm": "https://x/t", "service": "y"})]),
+        (["Basic", "bearer Realm=https://x/t , service=y"],
+         [("basic", {}), ("bearer", {"realm": "https://x/t", "service": "y"})]),
         (["Negotiate oRQwEqADCg==, Basic realm=r"], [("negotiate", {}), ("basic", {"realm": "r"})]),
         (["Negotiate, NTLM ,Basic realm = r"], [("negotiate", {}), ("ntlm", {}), ("basic", {"realm": "r"})]),
         (['Bearer realm="unfinished'], [("bearer", {})]),
@@ -194,7 +196,7 @@ def test_with_basic_only_the_first_request_is_refused(open_client: Any, guarded:
 @pytest.mark.parametrize("auth", ["bearer", "basic", "both", "no-header"])
 def test_without_credentials_it_stays_closed(open_client: Any, guarded: FakeRegistry, auth: str) -> None:
     guarded.auth = auth
-    with pytest.raises(Denied, match=r"HTTP 401 .*no credentials are known for 127\.0\.0\.1") as caught:
+    with pytest.raises(Denied, match=r"HTTP 401.*; no credentials are known for 127\.0\.0\.1") as caught:
         open_client().head(app(guarded, "org/private"))
     assert not caught.value.temporary
     assert len(guarded.requests) <= 3
@@ -230,8 +232,6 @@ def test_a_blob_elsewhere_gets_no_credentials(open_client: Any, guarded: FakeReg
         guarded.redirect_blobs = storage.url
         client = open_client(auths(guarded))
         place = app(guarded, "org/private").repository
-        from unpacker.oci import Descriptor
-
         descriptor = Descriptor(media_type="", digest=Digest.of(APP.config), size=len(APP.config))
         with client.blob(place, descriptor) as stream:
             assert stream.read(1 << 20) == APP.config
@@ -278,6 +278,15 @@ def test_whether_it_is_public_may_be_unknown(open_client: Any, guarded: FakeRegi
         client.is_public(app(guarded, "org/private").repository, DIGEST)
 
 
+def test_an_anonymous_request_brings_no_cookie_of_a_user(open_client: Any, guarded: FakeRegistry) -> None:
+    client = open_client(auths(guarded))
+    cookie = {"Set-Cookie": "session=ada; Path=/"}
+    guarded.fixed["/v2/org/app/tags/list"] = (b'{"tags": []}', cookie)
+    client.tags(app(guarded).repository)
+    client.is_public(app(guarded).repository, DIGEST)
+    assert not any("cookie" in r.headers for r in guarded.requests)
+
+
 # Where credentials come from.
 
 
@@ -315,7 +324,9 @@ def test_docker_hub_has_one_set_of_credentials(tmp_path: Path, key: str) -> None
 def test_the_longest_path_wins(tmp_path: Path) -> None:
     entries = {"reg.example": "all:1", "reg.example/org": "org:2", "reg.example/org/app": "app:3"}
     found = keychain(tmp_path, {"auths": {k: {"auth": encoded(v)} for k, v in entries.items()}})
-    users = {name: getattr(found.find("reg.example", name), "user", None) for name in ("x", "org/x", "org/app", "organ")}
+    users = {
+        name: getattr(found.find("reg.example", name), "user", None) for name in ("x", "org/x", "org/app", "organ")
+    }
     assert users == {"x": "all", "org/x": "org", "org/app": "app", "organ": "all"}
 
 

@@ -147,9 +147,12 @@ class Drawing:
             xattrs=tuple((k, v) for k, v in sorted(op.xattrs.items()) if "xattrs" in meta),
         )
         try:
-            self.tree = apply(self.tree, Changeset(diff_id="", entries=(entry,)))
+            after = apply(self.tree, Changeset(diff_id="", entries=(entry,)))
         except ImageError:
             return  # a loop of symlinks on the way
+        if entry.kind is Kind.HARDLINK and lookup(after, op.other) is None:
+            return  # a link in place of the directory its target is in: both oracles clear the way first
+        self.tree = after
         self.members.append(member)
 
     def is_dangling(self, path: str) -> bool:

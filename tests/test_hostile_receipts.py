@@ -156,6 +156,15 @@ def test_a_server_that_never_answers_is_given_up() -> None:
     receipts.close()
 
 
+def test_a_registry_that_is_slow_at_every_step_is_given_up(registry: FakeRegistry) -> None:
+    receipts = Receipts(Access(timeout=5, attempts=1), budget=0.3)
+    registry.fault(status=202, times=99, method="POST", headers={"Location": "/v2/org/app/blobs/uploads/1"}, body=b"x")
+    registry.slow = (1, 0.35)
+    with pytest.raises(RegistryError, match=r"given up for this time|did not come in time"):
+        receipts.attach(published(f"{registry.host}/org/app:1"), SUBJECT, TARGET)
+    receipts.close()
+
+
 def test_an_answer_that_trickles_is_given_up(registry: FakeRegistry) -> None:
     receipts = Receipts(Access(timeout=5, attempts=1), budget=0.3)
     registry.fault(status=404, times=99, method="HEAD")

@@ -1,4 +1,4 @@
-"""Wishlists written to hurt: whatever stands in the file, reading it ends soon, in bounded memory, in faults or an error."""
+"""Wishlists written to hurt: whatever stands in the file, reading it ends soon and in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ HEAD = b"version: 2\nimages:\n"
 
 @pytest.fixture(autouse=True)
 def soon_and_in_bounded_memory() -> Iterator[None]:
-    """Each test here may take 5 seconds of processor time and 400 MB more than was taken before."""
+    """Each test here may take 10 seconds of processor time and 400 MB more than was taken before."""
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
     yield
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 400 << 10
 
 
@@ -53,13 +53,13 @@ def test_deep_nesting_by_indentation_is_refused() -> None:
 def test_aliases_of_aliases_do_not_multiply() -> None:
     lists = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
     lists += [f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 10)}]" for n in range(9)]
-    refused("\n".join(["version: 2", *lists, "images: *j"]).encode(), "more than 250,000 values, aliases counted")
+    refused("\n".join(["version: 2", *lists, "images: *j"]).encode(), "more than 100,000 values, aliases counted")
 
 
 def test_a_long_list_named_again_and_again_is_counted_each_time() -> None:
-    tags = ", ".join(["x"] * 400)
+    tags = ", ".join(["x"] * 150)
     entries = "".join(f"  - {{image: ghcr.io/a/b{n}, tags: *t}}\n" for n in range(1_000))
-    refused(f"version: 2\nx: &t [{tags}]\nimages:\n{entries}".encode(), "more than 250,000 values")
+    refused(f"version: 2\nx: &t [{tags}]\nimages:\n{entries}".encode(), "more than 100,000 values")
 
 
 @pytest.mark.parametrize("text", [b"&a [*a]", b"&a {k: *a}", b"&a {*a : k}", b"[&a [[*a]]]"])
@@ -77,7 +77,7 @@ def test_a_file_at_its_bound_is_read() -> None:
 
 
 def test_more_values_than_any_wishlist_has_are_refused() -> None:
-    refused(HEAD + b"  - a\n" * 300_000, "more than 250,000 values")
+    refused(HEAD + b"  - a\n" * 110_000, "more than 100,000 values")
 
 
 def test_ten_thousand_faults_are_a_thousand_and_a_count() -> None:
@@ -86,13 +86,13 @@ def test_ten_thousand_faults_are_a_thousand_and_a_count() -> None:
     assert found[-1] == "and 9000 more like these"
 
 
-def test_a_hundred_thousand_unknown_keys_are_faults_soon() -> None:
-    keys = b"".join(b"platfor%d: x\n" % n for n in range(100_000))
+def test_fifteen_thousand_unknown_keys_are_faults_soon() -> None:
+    keys = b"".join(b"platfor%d: x\n" % n for n in range(15_000))
     assert not parse(keys + HEAD, "w.yaml").sound
 
 
-def test_a_mapping_of_a_hundred_thousand_duplicates_is_read_soon() -> None:
-    assert not parse(HEAD + b"  - {" + b"image: x, " * 100_000 + b"}\n", "w.yaml").sound
+def test_a_mapping_of_forty_thousand_duplicates_is_read_soon() -> None:
+    assert not parse(HEAD + b"  - {" + b"image: x, " * 40_000 + b"}\n", "w.yaml").sound
 
 
 @pytest.mark.parametrize("length", [1_025, 1 << 20])
@@ -121,9 +121,17 @@ def test_a_long_name_is_refused_without_being_repeated_at_length(length: int) ->
 
 
 def test_more_patterns_than_are_matched_in_time_are_a_fault() -> None:
-    tags = ", ".join(f"'*{n}*'" for n in range(501))
+    tags = ", ".join(f"'*{n}*'" for n in range(201))
     wishlist = parse(HEAD + f"  - {{image: ghcr.io/a/b, tags: [{tags}]}}\n".encode(), "w.yaml")
-    assert messages(wishlist) == ["501 patterns, more than 500 (write fewer and wider ones)"]
+    assert messages(wishlist) == ["201 patterns, more than 200 (write fewer and wider ones)"]
+
+
+def test_ten_thousand_different_patterns_are_read_soon() -> None:
+    entries = "".join(
+        f"  - {{image: 'ghcr.io/a/b{n}:1', exclude: [{', '.join(f'x{n}-{m}*' for m in range(10))}]}}\n"
+        for n in range(1_000)
+    )
+    assert len(parse(HEAD + entries.encode(), "w.yaml").wishes) == 1_000
 
 
 def test_a_pattern_that_would_make_an_expression_explode_is_matched_soon() -> None:

@@ -21,9 +21,10 @@ from tests.docker_registry import DockerRegistry
 from tests.fake_registry import FakeRegistry
 from tests.images import BuiltImage, file, image, index, layer
 from unpacker.digest import Digest, Stream
-from unpacker.errors import NotFound, RegistryError
+from unpacker.errors import NotFound, RegistryError, SettingsError
 from unpacker.oci import OCI_INDEX, OCI_MANIFEST, Descriptor
 from unpacker.reference import Reference, Repository
+from unpacker.registry import tls as tls_module
 from unpacker.registry.client import Access, Client
 from unpacker.registry.retry import parse_retry_after
 
@@ -178,9 +179,7 @@ def test_an_image_is_looked_up_with_one_head(client: Client, registry: FakeRegis
     assert OCI_INDEX in accepted and "manifest.list.v2" in accepted and "manifest.v2" in accepted
 
 
-def test_without_a_digest_in_the_answer_the_manifest_is_read_and_hashed(
-    client: Client, registry: FakeRegistry
-) -> None:
+def test_without_a_digest_in_the_answer_the_manifest_is_read_and_hashed(client: Client, registry: FakeRegistry) -> None:
     registry.add("org/app", "1.0", APP)
     registry.content_digest = "missing"
     assert client.head(app(registry)) == Descriptor(
@@ -285,6 +284,32 @@ def test_nobody_answering_has_no_status(registry: FakeRegistry) -> None:
     assert caught.value.temporary
 
 
+def test_a_dead_host_is_not_waited_for_by_every_reference(registry: FakeRegistry) -> None:
+    registry.stop()
+    with closing(Client(Access(backoff=0.2, attempts=3))) as client:
+        before = time.monotonic()
+        with pytest.raises(RegistryError, match="Connection refused"):
+            client.head(app(registry))
+        for _ in range(50):
+            with pytest.raises(RegistryError, match="out of reach a moment ago") as caught:
+                client.head(app(registry))
+            assert (caught.value.status, caught.value.temporary) == (None, True)
+        assert time.monotonic() - before < 2
+
+
+def test_a_host_that_always_fails_is_no_longer_asked_twice(registry: FakeRegistry) -> None:
+    registry.add("org/app", "1.0", APP)
+    registry.fault(status=503, times=3 * 5 + 2)
+    with closing(Client(FAST)) as client:
+        for _ in range(5):
+            with pytest.raises(RegistryError, match="HTTP 503"):
+                client.head(app(registry))
+        assert registry.count() == 3 * 5 + 2
+        client.head(app(registry))
+        registry.fault(status=503, times=4)
+        client.head(app(registry))  # it is well again, and so is patience
+
+
 def test_closing_the_client_ends_its_waiting(registry: FakeRegistry) -> None:
     client = Client(Access(backoff=30))
     registry.fault(status=503, times=9)
@@ -306,9 +331,7 @@ BIG = bytes(range(256)) * 8000
 
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("content_length", [True, False])
-def test_a_broken_blob_is_resumed(
-    client: Client, registry: FakeRegistry, ranges: bool, content_length: bool
-) -> None:
+def test_a_broken_blob_is_resumed(client: Client, registry: FakeRegistry, ranges: bool, content_length: bool) -> None:
     registry.add_blob("org/app", BIG)
     registry.ranges, registry.content_length = ranges, content_length
     registry.truncate(1_000_000)
@@ -378,12 +401,12 @@ def test_a_host_gets_only_so_many_requests_at_a_time(registry: FakeRegistry) -> 
 
 
 def test_connections_are_used_again(client: Client, docker_registry: DockerRegistry) -> None:
-    """A thousand look-ups by eight threads are quick, as a run in which nothing changed must be."""
+    """Hundreds of look-ups by eight threads are quick, as a run in which nothing changed must be."""
     docker_registry.push("org/quick", "1.0", APP)
     reference = Reference(repository=repository(docker_registry, "org/quick"), tag="1.0")
     before = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
-        assert len(list(pool.map(client.head, [reference] * 1000))) == 1000
+        assert len(list(pool.map(client.head, [reference] * 400))) == 400
     assert time.monotonic() - before < 20
 
 
@@ -408,9 +431,7 @@ def test_another_process_opens_its_own_client(registry: FakeRegistry, method: st
 # Proxies and TLS.
 
 
-def test_a_proxy_is_used_where_the_environment_says_so(
-    registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proxy_is_used_where_the_environment_says_so(registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.add("org/app", "1.0", APP)
     monkeypatch.setenv("HTTP_PROXY", registry.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -421,6 +442,14 @@ def test_a_proxy_is_used_where_the_environment_says_so(
         near.add("org/app", "1.0", APP)
         Client(FAST).head(app(near))
         assert near.count() == 1
+
+
+@pytest.mark.parametrize("proxy", ["socks5://user:s3cret@127.0.0.1:1080", "gopher://127.0.0.1:1", "http://[:s3cret"])
+def test_a_proxy_that_cannot_be_used_is_said(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(SettingsError, match="cannot use the proxy") as caught:
+        Client(FAST)
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.fixture(scope="session")
@@ -446,9 +475,7 @@ def tls(certificate: Path) -> ssl.SSLContext:
 
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
-def test_a_site_brings_its_own_authority(
-    certificate: Path, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
+def test_a_site_brings_its_own_authority(certificate: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     with FakeRegistry(tls=tls(certificate)) as secure:
         secure.add("org/app", "1.0", APP)
         secure.add_blob("org/app", BIG)
@@ -460,6 +487,26 @@ def test_a_site_brings_its_own_authority(
         assert str(Client(FAST).head(app(secure)).digest) == APP.digest
         with Client(FAST).blob(repository(secure), blob(BIG)) as stream:
             assert whole(stream) == BIG
+
+
+def test_a_registry_has_certificates_of_its_own(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tls_module, "CERTIFICATE_DIRECTORIES", (str(tmp_path),))
+    with FakeRegistry(tls=tls(certificate)) as known, FakeRegistry(tls=tls(certificate)) as unknown:
+        known.add("org/app", "1.0", APP)
+        (tmp_path / known.host).mkdir()
+        (tmp_path / known.host / "ca.crt").write_bytes(certificate.with_suffix(".crt").read_bytes())
+        with closing(Client(FAST)) as client:
+            assert str(client.head(app(known)).digest) == APP.digest
+            with pytest.raises(RegistryError, match="certificate verify failed"):
+                client.head(app(unknown))
+
+
+def test_an_authority_that_cannot_be_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent/ca.pem")
+    with pytest.raises(SettingsError, match=r"/nonexistent/ca\.pem: cannot read certificate authorities"):
+        Client(FAST)
 
 
 def test_https_never_becomes_http(client: Client, registry: FakeRegistry) -> None:

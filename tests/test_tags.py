@@ -95,6 +95,13 @@ def test_a_listed_tag_outside_the_grammar_is_never_selected() -> None:
     assert select(listed, tags=patterns("*"), newest=100) == ("ok",)
 
 
+def test_what_is_attached_to_an_image_is_selected_by_no_pattern() -> None:
+    attached = "sha256-" + "0123456789abcdef" * 4
+    listed = [attached, f"{attached}.sig", f"{attached}.att", f"{attached}-1", "sha256-tool"]
+    assert select(listed, tags=patterns("*")) == ("sha256-tool", f"{attached}-1")
+    assert select(listed, tags=patterns(attached)) == (attached,)
+
+
 @pytest.mark.parametrize("text", ["", "  ", "24", ">=x", "latest", ">=1,,<", "=>1", ">=1 and <2", ">=1" + ",>=1" * 100])
 def test_a_range_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="version range"):

@@ -89,7 +89,7 @@ def request(found: Wishlist, path: str, settings: Settings, choice: Choice) -> R
     owner = None if target.keeps_owners else (os.geteuid(), os.getegid())
     if owner is not None:
         print("unpacker: not root: files get the publishing user as owner, not the image's owners", file=sys.stderr)
-    asked: Registry = registry(settings) if choice.layout is None else Layout.parse(choice.layout)
+    asked: Registry = registry(settings) if choice.layout is None else _layout(choice.layout, settings)
     damaged: frozenset[str] = frozenset()
     if choice.rebuild:
         from unpacker.verify import verify
@@ -116,6 +116,14 @@ def request(found: Wishlist, path: str, settings: Settings, choice: Choice) -> R
         lock_wait=settings.lock_wait,
         attach=None if choice.layout is not None else _attach(settings),
     )
+
+
+def _layout(text: str, settings: Settings) -> Layout:
+    """`PATH:TAG`, or `PATH` where the tag is the public name's; a path with a colon is told by what exists."""
+    path, colon, tag = text.rpartition(":")
+    if not colon or os.path.isdir(text):
+        return Layout(text, limits=settings.limits)
+    return Layout(path, tag=tag, limits=settings.limits)
 
 
 def _attach(settings: Settings) -> Callable[[Published, Image], object] | None:

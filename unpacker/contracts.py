@@ -125,6 +125,9 @@ class Publisher(Protocol):
     def room(self, size: int, entries: int) -> None:
         """Raises PublishError if the target cannot take this many bytes and inodes more."""
 
+    def noted(self, name: str) -> bytes | None:
+        """What `.metadata/<name>` holds, if it is there."""
+
     def transaction(self, message: str) -> AbstractContextManager[Transaction]:
         """Exclusive change in preparation, under the lock (taken if not held). Leaving cleanly publishes all of it;
         leaving by exception aborts what we opened and lets that exception through. If opening fails nothing was

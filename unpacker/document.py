@@ -18,7 +18,7 @@ from unpacker.errors import WishlistError
 
 SIZE_LIMIT = 8 << 20
 DEPTH_LIMIT = 32
-VALUES_LIMIT = 250_000
+VALUES_LIMIT = 100_000
 FINDINGS_LIMIT = 1_000
 """Findings kept of one file; the last one says how many more there were."""
 

@@ -139,6 +139,7 @@ class _Pipe:
         self._rest = b""
         self._is_finished = False
         self._is_closed = False
+        self._end: BaseException | None = None
         self._error: BaseException | None = None
 
     def write(self, data: bytes) -> None:
@@ -159,6 +160,8 @@ class _Pipe:
                 if self._error is not None:
                     raise self._error
                 if not self._pieces:
+                    if self._end is not None:
+                        raise self._end
                     return b""
                 data = self._pieces.popleft()
                 self._changed.notify()
@@ -169,18 +172,17 @@ class _Pipe:
         return data[:size]
 
     def finish(self, writer: Future[int]) -> None:
-        """The writer is done: what it wrote is all, unless it failed."""
-        self.fail(writer)
+        """The writer is done: after what it wrote comes the end, or its error, so that the first fault of a layer is
+        the one reported, whichever thread was faster."""
         with self._changed:
             self._is_finished = True
+            self._end = writer.exception()
             self._changed.notify_all()
 
-    def fail(self, worker: Future[int] | Future[None]) -> None:
-        """If this worker failed, so does the next read."""
-        error = worker.exception()
+    def fail(self, worker: Future[None]) -> None:
+        """Another thread is done: if it failed, so does the next read."""
         with self._changed:
-            if error is not None and self._error is None and not self._is_closed:
-                self._error = error
+            self._error = self._error or worker.exception()
             self._changed.notify_all()
 
     def close(self) -> None:

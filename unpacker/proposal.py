@@ -17,7 +17,8 @@ from unpacker.wish import Wish
 def propose(
     new: Sequence[Wish], old: Sequence[Wish], registry: Registry, executor: Executor, limits: Limits
 ) -> tuple[Proposal, ...]:
-    """Every name that `new` adds to, changes in or drops from `old`; wishes that are the same in both are not asked for.
+    """Every name that `new` adds to, changes in or drops from `old`; those in both are not
+    asked for.
 
     A name that cannot be looked up, or whose image would be refused, carries its error.
     """
@@ -29,7 +30,7 @@ def propose(
     old_names, old_errors = names_of(dropped, registry, executor, resolution.listed)
     still, _ = names_of([w for w in new if w.meaning in before and w.needs_listing], registry, executor, {})
     kept = {path for wish in new if wish.meaning in before for path in _literal_paths(wish)} | set(still)
-    proposals = []
+    proposals: list[Proposal] = []
     wished = {pinned.reference.public_path for pinned in resolution.pinned}
     fresh = [p for p in resolution.pinned if _is_news(p, old_names, kept)]
     proposals += executor.map(lambda p: _look_up(p, old_names, registry, limits), fresh)

@@ -398,6 +398,10 @@ class _Pusher(OrasRegistry):  # type: ignore[misc]  # oras has no complete annot
             raise Refused(f"{self._what}: credentials are not sent over plain http (list the host as insecure)")
         if (reason := why_refused(self._endpoint.origin.host)) is not None:
             raise Refused(f"{self._what}: {self._endpoint.host} is never called: {reason}")
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise RegistryError(f"{self._what}: given up for this time, because it takes too long")
+        wait = min(self._timeout, left)
         try:
             response: requests.Response = self.session.request(
                 method,
@@ -405,7 +409,7 @@ class _Pusher(OrasRegistry):  # type: ignore[misc]  # oras has no complete annot
                 data=body,
                 headers={**headers, "Accept-Encoding": "identity", "User-Agent": "unpacker"}
                 | ({"Authorization": authorization} if authorization else {}),
-                timeout=(min(self._timeout, 20.0), self._timeout),
+                timeout=(min(wait, 20.0), wait),
                 allow_redirects=False,
                 stream=True,
                 verify=self._authorities,

@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExec
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -22,12 +22,13 @@ from unpacker.cache import ChangesetCache
 from unpacker.changeset import Changeset
 from unpacker.contracts import Publisher, Registry, Release
 from unpacker.errors import ImageError, PublishError, RegistryError, UnpackerError, UnsafePlan
-from unpacker.image import Image, Layer
+from unpacker.image import Image
 from unpacker.layer import LayerJob, read_layer
 from unpacker.limits import Limits
 from unpacker.plan import Action, Done, Outcome, Plan, Resolution, Rules, Verb, plan
 from unpacker.pools import ASKING_THREADS, Pools
 from unpacker.record import Published, Unreadable
+from unpacker.report import status_note
 from unpacker.resolve import fetch, resolve, unreachable
 from unpacker.rootfs import Policy, prepare
 from unpacker.status import Failure
@@ -156,8 +157,7 @@ def reconcile(request: Request, progress: Progress | None = None) -> Result:
         finally:
             # Written also when the run is stopped: what failed until now is worth knowing.
             failures = _write_journal(request, found, outcomes)
-        if any(o.done in (Done.PUBLISHED, Done.UPDATED, Done.REMOVED) for o in outcomes):
-            _write_status(request, outcomes, failures)
+        _write_status(request, failures)
     return Result(survey=found, outcomes=tuple(outcomes), failures=failures)
 
 
@@ -282,7 +282,7 @@ class _Run:
         unread = {f for _, opened in reading for f in self._futures(opened) if not f.done()}
         if reading and any(self._is_read(opened) for _, opened in reading):
             return
-        pending: set[Future[_Opened] | Future[bytes]] = {*opening, *unread}
+        pending: set[Future[Any]] = {*opening, *unread}
         if pending:
             wait(pending, return_when=FIRST_COMPLETED)
         self._replace_broken(reading)
@@ -511,10 +511,10 @@ def _write_journal(request: Request, found: Survey, outcomes: Sequence[Outcome])
     return after.failures
 
 
-def _write_status(request: Request, outcomes: Sequence[Outcome], failures: Mapping[str, Failure]) -> None:
-    from unpacker.report import status_note
-
-    with request.publisher.transaction("note the last run") as transaction:
-        transaction.note(
-            "status.json", status_note(request.owner or "the command line", outcomes, failures, int(request.clock()))
-        )
+def _write_status(request: Request, failures: Mapping[str, Failure]) -> None:
+    standing = {path: p for path, p in request.publisher.published().items() if isinstance(p, Published)}
+    owner = request.owner or "the command line"
+    note = status_note(request.publisher.noted("status.json"), owner, standing, failures, int(request.clock()))
+    if note is not None:
+        with request.publisher.transaction("note how all stands") as transaction:
+            transaction.note("status.json", note)

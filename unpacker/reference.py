@@ -152,7 +152,7 @@ def split(text: str) -> ImageName:
     """Takes `[scheme://]registry/repository[:tag or pattern][@digest]` apart; ValueError says what is wrong."""
     if len(text) > TEXT_LIMIT:
         raise ValueError(f"an image name longer than {TEXT_LIMIT:,} characters")
-    if not text or any(c.isspace() or not c.isprintable() for c in text):
+    if not text or " " in text or not text.isprintable():
         raise ValueError(f"not an image name: {text!r} (empty, or with blanks or control characters)")
     # Neither is repeated in the message: what stands there is likely a secret.
     if _CREDENTIALS.match(text):
@@ -194,14 +194,14 @@ class TagPattern:
             for first, last in _RANGE.findall(characters):
                 if first > last:
                     raise ValueError(f"an empty range {first}-{last} in tag pattern {text!r} (write {last}-{first})")
-        if not _GLOB_CHARACTERS & set(text) and not is_tag(text):
+        if _GLOB_CHARACTERS.isdisjoint(text) and not is_tag(text):
             raise ValueError(f"not a tag: {text!r} (a tag has at most 128 characters)")
         return cls(text)
 
     @property
     def is_literal(self) -> bool:
         """Whether the pattern is just one tag, which needs no tag list."""
-        return not _GLOB_CHARACTERS & set(self.glob)
+        return _GLOB_CHARACTERS.isdisjoint(self.glob)
 
     def matches(self, tag: str) -> bool:
         return fnmatchcase(tag, self.glob)

@@ -9,7 +9,7 @@ import datetime
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from unpacker.image import Unresolved
@@ -150,7 +150,7 @@ OUTCOME_HEADER = ("RESULT", "NAME", "TIME", "READ", "REASON")
 
 def outcome_rows(outcomes: Iterable[Outcome], unresolved: Iterable[Unresolved] = ()) -> list[tuple[str, ...]]:
     """What was done and what failed; what was kept only if it has vanished upstream."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for o in outcomes:
         if o.done is Done.KEPT and not o.action.vanished:
             continue
@@ -188,17 +188,26 @@ def outcomes_json(outcomes: Iterable[Outcome], unresolved: Iterable[Unresolved])
     }
 
 
-def status_note(owner: str, outcomes: Iterable[Outcome], failures: Mapping[str, Failure], now: int) -> bytes:
-    """`.metadata/status.json`: the last run that changed something, for users to read beside the images."""
-    changed = [o for o in outcomes if o.done in (Done.PUBLISHED, Done.UPDATED, Done.REMOVED)]
-    value = {
-        "schema": 1,
-        "finished": moment(now),
-        "wishlist": owner,
-        "changed": {o.action.public_path: o.done.value for o in changed},
-        "failing": {name: asdict(f) for name, f in sorted(failures.items())},
-    }
-    return as_json(value).encode("ascii")
+def status_note(
+    before: bytes | None, owner: str, published: Mapping[str, Published], failures: Mapping[str, Failure], now: int
+) -> bytes | None:
+    """`.metadata/status.json`, for users to read beside the images; None if it would say nothing new.
+
+    It has every published name, and what fails of each wishlist since when; so a run in which nothing changed, or
+    another wishlist's run, writes nothing.
+    """
+    names = {path: {"image_id": p.image_id, "published": moment(p.published)} for path, p in sorted(published.items())}
+    failing = {name: {"since": moment(f.since), "error": f.error} for name, f in sorted(failures.items())}
+    lists: dict[str, Any] = {}
+    try:
+        old = json.loads(before or b"null")
+        lists = dict(old["wishlists"])
+        if old["names"] == names and lists[owner]["failing"].keys() == failing.keys():
+            return None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass  # there is none yet, or not one of ours: it is written anew
+    lists[owner] = {"finished": moment(now), "failing": failing}
+    return as_json({"schema": 1, "names": names, "wishlists": lists}).encode("ascii")
 
 
 # -- status -----------------------------------------------------------------------------------------------------
@@ -207,7 +216,7 @@ STATUS_HEADER = ("STATE", "NAME", "IMAGE", "AGE", "SIZE", "NOTE")
 
 
 def status_rows(rows: Iterable[Status], now: int) -> list[tuple[str, ...]]:
-    texts = []
+    texts: list[tuple[str, ...]] = []
     for row in rows:
         p = row.published
         note = row.error
@@ -265,7 +274,7 @@ PROPOSAL_HEADER = ("CHANGE", "NAME", "PLATFORM", "LAYERS", "SIZE", "NOTE")
 
 
 def proposal_rows(proposals: Iterable[Proposal]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for p in proposals:
         others = [x for x in p.platforms if x != p.platform]
         note = p.error or (f"also exists for {', '.join(others)}" if others else "")

@@ -8,6 +8,7 @@ versions, by their text, the greater first.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -18,6 +19,9 @@ from unpacker.reference import TagPattern, is_tag
 
 VERSIONS_LENGTH_LIMIT = 256
 _BELOW_ALL = Version("0.dev0")
+_ATTACHED = re.compile(r"sha(256-[0-9a-f]{64}|512-[0-9a-f]{64,128})(\.[A-Za-z0-9._-]+)?")
+"""Tags that name what is attached to an image, not images: lists of referrers (OCI distribution specification 1.1,
+"Referrers Tag Schema"), and cosign's signatures, attestations and bills of materials (`….sig`, `….att`, `….sbom`)."""
 
 
 def version_of(tag: str) -> Version | None:
@@ -70,6 +74,10 @@ def in_versions(tag: str, versions: str) -> bool:
     return specifiers.contains(version, prereleases=True)
 
 
+def _matched(tag: str, globs: Iterable[TagPattern]) -> bool:
+    return not _ATTACHED.fullmatch(tag) and any(glob.matches(tag) for glob in globs)
+
+
 def select(
     listed: Iterable[str],
     *,
@@ -82,13 +90,14 @@ def select(
 
     A tag named in full is selected whether it is listed or not, so that one that has vanished is missed and not
     forgotten; unless `versions` or `newest` choose, which choose among tags that exist. What `exclude` matches is
-    never selected. A listed tag outside the tag grammar is never selected.
+    never selected. A listed tag outside the tag grammar is never selected, nor by a glob one that names no image but
+    what is attached to one, such as a receipt or a signature.
     """
     literals = {pattern.glob for pattern in tags if pattern.is_literal}
     globs = [pattern for pattern in tags if not pattern.is_literal]
     among_listed = versions is not None or newest is not None
     chosen = set() if among_listed else set(literals)
-    chosen.update(t for t in listed if is_tag(t) and (t in literals or any(g.matches(t) for g in globs)))
+    chosen.update(t for t in listed if is_tag(t) and (t in literals or _matched(t, globs)))
     chosen = {t for t in chosen if not any(pattern.matches(t) for pattern in exclude)}
     if versions is not None:
         chosen = {t for t in chosen if in_versions(t, versions)}

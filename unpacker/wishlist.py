@@ -35,8 +35,10 @@ from unpacker.wish import Wish, read_image
 
 __all__ = ["Fault", "Wish", "Wishlist", "parse"]
 
-PATTERNS_LIMIT = 500
+PATTERNS_LIMIT = 200
 """Of the entries of one `tags` or `exclude`: matching costs their number times the tags of the repository."""
+_COMPARED = 10
+"""So many exclusions are compared with the tags named in full: a courtesy, not worth quadratic time."""
 
 _TOP_KEYS = ("version", "defaults", "images")
 _DEFAULT_KEYS = ("platform", "gpu")
@@ -144,13 +146,20 @@ class _Defaults:
 
 
 def _read_images(root: Mapping, default_platform: Platform, claims: Claims, findings: Findings) -> None:
-    meant = _unknown_keys(root, _TOP_KEYS, "a wishlist", findings)
-    defaults = _read_defaults(root.get("defaults"), default_platform, findings)
-    if "defaults" in meant:
+    meant = _unknown_keys(root, _TOP_KEYS, "a wishlist", findings, elsewhere=_DEFAULT_KEYS)
+    for key, _ in root.entries:
+        if key.text in _DEFAULT_KEYS:
+            findings.fault(
+                key, f"{key.text} for all images stands under defaults (write `defaults: {{{key.text}: …}}`)"
+            )
+            meant.append((key, "defaults"))
+    node = root.get("defaults")
+    defaults = _read_defaults(node, default_platform, findings)
+    misspelt = [key for key, known in meant if known in ("defaults", *_DEFAULT_KEYS)]
+    if misspelt or not defaults.is_sound:
         defaults = replace(defaults, is_sound=False)
-    if not defaults.is_sound:
-        place = next(key for key, _ in root.entries if key.text == "defaults" or "defaults" in meant)
-        findings.warn(place, "until defaults is right, images without a platform of their own are left alone")
+        message = "until the defaults are right, images without a platform of their own are left alone"
+        findings.warn(misspelt[0] if misspelt else node or root, message)
     images = root.get("images")
     if images is None:
         findings.fault(root, "no images (expected `images:` with a list; `images: []` wishes for nothing)")
@@ -243,20 +252,22 @@ def _read_mapping(node: Mapping, findings: Findings) -> Wish | None:
         findings.fault(node.get("tags") or node, 'tags is empty (expected for example tags: ["1.*"])')
     wish = replace(wish, tags=wish.tags or tags or (), exclude=exclude or (), versions=versions, newest=newest)
     for pattern in wish.tags:
-        if pattern.is_literal and any(e.matches(pattern.glob) for e in wish.exclude):
+        if pattern.is_literal and any(e.matches(pattern.glob) for e in wish.exclude[:_COMPARED]):
             findings.warn(image, f"the tag {pattern.glob} is both asked for and excluded, so it is not published")
     return wish
 
 
-def _unknown_keys(node: Mapping, known: tuple[str, ...], what: str, findings: Findings) -> list[str]:
-    """A fault for each key that is not known; gives what each was likely meant to be, or nothing. Values are not
-    repeated: what belongs to the operator may be a secret."""
-    meant = []
+def _unknown_keys(
+    node: Mapping, known: tuple[str, ...], what: str, findings: Findings, *, elsewhere: tuple[str, ...] = ()
+) -> list[tuple[Scalar, str | None]]:
+    """A fault for each key that is not known; gives each with what it was likely meant to be. Keys that belong
+    `elsewhere` are for the caller to judge. Values are not repeated: what belongs to the operator may be a secret."""
+    meant: list[tuple[Scalar, str | None]] = []
     for key, _ in node.entries:
-        if key.text in known:
+        if key.text in known or key.text in elsewhere:
             continue
-        close = get_close_matches(key.text, known, n=1, cutoff=0.7) if len(key.text) <= 20 else []
-        meant += close or [""]
+        close = get_close_matches(key.text, (*known, *elsewhere), n=1, cutoff=0.7) if len(key.text) <= 20 else []
+        meant.append((key, close[0] if close else None))
         if close:
             why = f"did you mean {close[0]}?"
         elif _OPERATORS_WORD.search(key.text[:80].lower()):

@@ -153,6 +153,15 @@ class DirectoryPublisher:
                 "remove files (unpacker gc may help) or make a file system with more inodes"
             )
 
+    def noted(self, name: str) -> bytes | None:
+        """What `.metadata/<name>` holds, if it is there."""
+        try:
+            return self.layout.read(f"{METADATA}/{name}")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise posix.failure(error, f"reading the note {name} in {self.path}") from error
+
     # Change ----------------------------------------------------------------------------------------------------------
 
     @contextmanager

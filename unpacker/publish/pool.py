@@ -165,7 +165,7 @@ class PoolBatch:
         self._root = root
         self._pool_fd = pool_fd
         self._scratch_fd = scratch_fd
-        self._owners = posix.keeps_owners()
+        self._born = posix.born_owner(scratch_fd)
         self._fresh: dict[str, str] = {}
         self._count = 0
         self._written = 0
@@ -191,7 +191,7 @@ class PoolBatch:
             fd, name = self._create()
             try:
                 posix.write_all(fd, data)
-                posix.set_metadata(fd, hint.mode, hint.uid, hint.gid, hint.mtime_ns, hint.xattrs, self._owners)
+                posix.set_metadata(fd, hint.mode, hint.uid, hint.gid, hint.mtime_ns, hint.xattrs, self._born)
             finally:
                 os.close(fd)
         except OSError as error:
@@ -212,7 +212,7 @@ class PoolBatch:
             fd, name = self._create()
             try:
                 posix.write_pieces(fd, hashed())
-                posix.set_metadata(fd, hint.mode, hint.uid, hint.gid, hint.mtime_ns, hint.xattrs, self._owners)
+                posix.set_metadata(fd, hint.mode, hint.uid, hint.gid, hint.mtime_ns, hint.xattrs, self._born)
             except BaseException:
                 os.unlink(name, dir_fd=self._scratch_fd)
                 raise
@@ -286,7 +286,6 @@ class PoolLinks:
         self._root = root
         self._pool_fd = pool_fd
         self._scratch_fd = scratch_fd
-        self._owners = posix.keeps_owners()
         self._renewed: dict[str, str] = {}
         self._count = 0
 
@@ -328,10 +327,11 @@ class PoolLinks:
     def _copy(self, file: File, name: str, dir_fd: int) -> None:
         source = os.open(pool_path(file.token), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._pool_fd)
         with open(source, "rb", buffering=0) as stream:
+            born = posix.born_owner(dir_fd)
             fd = os.open(name, _WRITE, 0o600, dir_fd=dir_fd)
             try:
                 posix.write_pieces(fd, posix.pieces(stream, file.size))
-                posix.set_metadata(fd, file.mode, file.uid, file.gid, file.mtime_ns, file.xattrs, self._owners)
+                posix.set_metadata(fd, file.mode, file.uid, file.gid, file.mtime_ns, file.xattrs, born)
             finally:
                 os.close(fd)
 

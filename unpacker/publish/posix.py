@@ -40,6 +40,9 @@ _ADVICE = {
     errno.ENAMETOOLONG: "this file system takes shorter names only",
 }
 
+Owner = tuple[int, int]
+"""uid and gid."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -53,6 +56,15 @@ def failure(error: OSError, doing: str) -> PublishError:
 def keeps_owners() -> bool:
     """Whether this process may give files away: only root can publish with the image's owners."""
     return os.geteuid() == 0
+
+
+def born_owner(dir_fd: int) -> Owner | None:
+    """The owner that new files get in a directory just made by this process; None if they cannot be given another.
+
+    Asked of the directory itself, because set-gid parents and mount options have a say in the group.
+    """
+    own = os.fstat(dir_fd)
+    return (own.st_uid, own.st_gid) if keeps_owners() else None
 
 
 def syncfs(fd: int) -> None:
@@ -136,10 +148,9 @@ class Descent:
                 os.close(fd)
 
 
-def set_metadata(fd: int, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Xattrs, owners: bool) -> None:
-    """Gives an open file or directory its final owner (if `owners`), xattrs, mode and mtime."""
-    if owners:
-        # Always, because a mount option may have given the new file another group.
+def set_metadata(fd: int, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Xattrs, born: Owner | None) -> None:
+    """Gives an open file or directory that was `born` with that owner its final owner, xattrs, mode and mtime."""
+    if born is not None and born != (uid, gid):
         os.fchown(fd, uid, gid)
     for name, value in xattrs:
         # Before the mode: who may not write to a file may not give it user.* attributes either (xattr(7)).
@@ -208,9 +219,7 @@ def write_file(name: str, dir_fd: int, data: bytes, mode: int = 0o644) -> None:
         os.close(fd)
 
 
-def write_tree(
-    tree: Tree, name: str, dir_fd: int, link: Callable[[File, str, int], None], owners: bool
-) -> tuple[int, int]:
+def write_tree(tree: Tree, name: str, dir_fd: int, link: Callable[[File, str, int], None]) -> tuple[int, int]:
     """Writes a prepared tree as the new directory `name`; gives the number of its entries and the size of its files.
 
     `link(file, name, dir_fd)` makes the name of a file that is not empty. Directories get their metadata after their
@@ -219,7 +228,8 @@ def write_tree(
     root = tree.root
     os.mkdir(name, 0o700, dir_fd=dir_fd)
     with Descent(os.open(name, DIRECTORY_FLAGS, dir_fd=dir_fd)) as at:
-        entries, size, below = _write_children(root, at.fd, link, owners)
+        born = born_owner(at.fd)
+        entries, size, below = _write_children(root, at.fd, link, born)
         stack = [(root, iter(below))]
         while stack:
             directory, rest = stack[-1]
@@ -227,21 +237,21 @@ def write_tree(
             if child is not None:
                 os.mkdir(child[0], 0o700, dir_fd=at.fd)
                 at.down(child[0])
-                count, length, below = _write_children(child[1], at.fd, link, owners)
+                count, length, below = _write_children(child[1], at.fd, link, born)
                 entries, size = entries + count, size + length
                 stack.append((child[1], iter(below)))
                 continue
             stack.pop()
             left = at.up() if stack else os.dup(at.fd)
             try:
-                set_metadata(left, *directory[:5], owners)
+                set_metadata(left, *directory[:5], born)
             finally:
                 os.close(left)
     return entries, size
 
 
 def _write_children(
-    directory: Directory, fd: int, link: Callable[[File, str, int], None], owners: bool
+    directory: Directory, fd: int, link: Callable[[File, str, int], None], born: Owner | None
 ) -> tuple[int, int, list[tuple[str, Directory]]]:
     # Everything but the directories, which are given back; this loop is the cost of an image of known layers.
     size = 0
@@ -255,31 +265,31 @@ def _write_children(
                 link(node, name, fd)  # type: ignore[arg-type]
                 size += length
             else:
-                _write_empty(node, name, fd, owners)  # type: ignore[arg-type]
+                _write_empty(node, name, fd, born)  # type: ignore[arg-type]
         elif isinstance(node, Directory):
             below.append((name, node))
         elif isinstance(node, Symlink):
             os.symlink(node.target, name, dir_fd=fd)
-            _set_link_metadata(node, name, fd, owners)
+            _set_link_metadata(node, name, fd, born)
         elif node.kind == Kind.FIFO:  # type: ignore[union-attr]
             os.mkfifo(name, 0o600, dir_fd=fd)
             os.chmod(name, node.mode, dir_fd=fd)
-            _set_link_metadata(node, name, fd, owners)
+            _set_link_metadata(node, name, fd, born)
         else:
             raise PublishError(f"a published tree has no device nodes: {name!r}")
     return len(children), size, below
 
 
-def _write_empty(node: File, name: str, dir_fd: int, owners: bool) -> None:
+def _write_empty(node: File, name: str, dir_fd: int, born: Owner | None) -> None:
     fd = os.open(name, CREATE_FLAGS, 0o600, dir_fd=dir_fd)
     try:
-        set_metadata(fd, node.mode, node.uid, node.gid, node.mtime_ns, node.xattrs, owners)
+        set_metadata(fd, node.mode, node.uid, node.gid, node.mtime_ns, node.xattrs, born)
     finally:
         os.close(fd)
 
 
-def _set_link_metadata(node: Node, name: str, dir_fd: int, owners: bool) -> None:
-    if owners:
+def _set_link_metadata(node: Node, name: str, dir_fd: int, born: Owner | None) -> None:
+    if born is not None and born != (node.uid, node.gid):
         os.chown(name, node.uid, node.gid, dir_fd=dir_fd, follow_symlinks=False)
     time = max(-_TIME_LIMIT, min(node.mtime_ns, _TIME_LIMIT))
     os.utime(name, ns=(time, time), dir_fd=dir_fd, follow_symlinks=False)

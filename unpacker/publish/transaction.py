@@ -129,7 +129,7 @@ class DirectoryTransaction:
         temporary = f".{name}.{self._name}"
         parent = self._layout.open(f"{FLAT}/{name[:2]}", create=True)
         try:
-            entries, size = posix.write_tree(tree, temporary, parent, self._links.link, posix.keeps_owners())
+            entries, size = posix.write_tree(tree, temporary, parent, self._links.link)
             facts = RootFacts(
                 image_id=record.image_id,
                 rules=record.rules,

@@ -167,7 +167,7 @@ class Doorkeeper:
     def why_anonymous(self, endpoint: Endpoint) -> str:
         """For the message of a refusal: what kept us from giving credentials, "" if nothing did."""
         if self.credentials(endpoint) is None:
-            return f"; no credentials are known for {endpoint.host}"
+            return f"; no credentials are known for {endpoint.host}, or there is no such repository"
         if not self._transport.may_carry_secrets(endpoint.origin):
             return "; the credentials known for it are not sent over plain http (list the host as insecure)"
         return ""

@@ -13,7 +13,7 @@ import threading
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import httpx
@@ -37,8 +37,10 @@ _ROUND = 50
 """Registries that give fewer than asked for cap at a multiple of this."""
 _PAGES = 5_000
 _TAGS = 200_000
-_PAGE_BYTES = 32 << 20
-_LINK = re.compile(r'<([^<>]*)>((?:\s*;\s*[A-Za-z*]+\s*(?:=\s*(?:"[^"]*"|[^\s;,"]*))?)*)')
+_PAGE_BYTES = 16 << 20
+_LINK_LENGTH = 8 << 10
+# RFC 8288. Possessive quantifiers: a long run of blanks is tried in one way only.
+_LINK = re.compile(r'<([^<>]*)>((?:\s*+;\s*+[A-Za-z*]++\s*+(?:=\s*+(?:"[^"]*+"|[^\s;,"]*+))?)*)')
 _REL_NEXT = re.compile(r';\s*rel\s*=\s*(?:"(?:[^"]*\s)?next(?:\s[^"]*)?"|next(?![^\s;]))', re.IGNORECASE)
 
 _T = TypeVar("_T")
@@ -242,11 +244,19 @@ class Client:
     def _run(self, endpoint: Endpoint, act: Callable[[], _T]) -> _T:
         """Does a whole exchange, from the request to the last byte of its answer, as often as the policy allows."""
 
+        gate = self._gate(endpoint)
+
         def in_slot() -> _T:
-            with self._gate(endpoint).slots:
+            with gate.slots:
                 return act()
 
-        return self._policy.run(in_slot)
+        try:
+            result = replace(self._policy, attempts=gate.attempts(self._policy.attempts)).run(in_slot)
+        except RegistryError as error:
+            gate.failed(error) if error.temporary else gate.answered()
+            raise
+        gate.answered()
+        return result
 
     @contextmanager
     def _ask(
@@ -264,7 +274,7 @@ class Client:
         if self.is_closed:
             raise RegistryError(f"{what}: not asked, because the program is ending")
         gate = self._gate(endpoint)
-        gate.wait()
+        gate.wait(what)
         sent = {**({"Accept": accept} if accept else {}), **(headers or {})}
         try:
             grant = self._door.grant(endpoint, anonymous=anonymous, what=what)
@@ -354,6 +364,8 @@ def _tags(raw: bytes, what: str) -> list[str]:
 
 def _next_page(endpoint: Endpoint, current: str, link: str, what: str) -> str | None:
     """The URL of the next page, always at the endpoint itself; None if the header names none."""
+    if len(link) > _LINK_LENGTH:
+        raise RegistryError(f"{what}: the link to the next page is too long", status=200)
     for match in _LINK.finditer(link):
         if not _REL_NEXT.search(match[2]):
             continue

@@ -170,7 +170,9 @@ def _default_files(environment: Mapping[str, str]) -> list[str]:
 
 
 def _mapping(document: dict[str, Any], key: str, path: str) -> dict[str, Any]:
-    value = document.get(key) or {}
+    value = document.get(key)
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise SettingsError(f"{path}: {key} is not an object")
     return value

@@ -28,34 +28,38 @@ class LayoutPath:
     """A RegistryLocator for one layout directory."""
 
     path: str
+    tag: str | None = None
     limits: Limits = field(default_factory=Limits)
 
     def open(self) -> Layout:
-        return Layout(self.path, limits=self.limits)
+        return Layout(self.path, tag=self.tag, limits=self.limits)
 
 
 class Layout:
     """A Registry (see contracts.py) of the images in one directory, under whatever repository they are asked for.
 
     The directory is read anew for each question, so it may change in between. RegistryError, with its path, if it
-    cannot be read.
+    cannot be read. With `tag` that one stands for whatever tag is asked for: an image may be published under another
+    name than it has in its directory.
     """
 
-    def __init__(self, path: str, *, limits: Limits | None = None) -> None:
+    def __init__(self, path: str, *, tag: str | None = None, limits: Limits | None = None) -> None:
         self._path = path
+        self._tag = tag
         self._limits = limits if limits is not None else Limits()
 
     @property
     def locator(self) -> LayoutPath:
-        return LayoutPath(path=os.path.abspath(self._path), limits=self._limits)
+        return LayoutPath(path=os.path.abspath(self._path), tag=self._tag, limits=self._limits)
 
     def tags(self, repository: Repository) -> list[str]:
         return [tag for tag, _ in self._entries() if tag is not None]
 
     def head(self, reference: Reference) -> Descriptor:
+        wanted = self._tag or reference.tag
         for tag, entry in self._entries():
             descriptor = Descriptor.from_json(entry, f"{self._path}: index.json")
-            named = tag == reference.tag if reference.digest is None else descriptor.digest == reference.digest
+            named = tag == wanted if reference.digest is None else descriptor.digest == reference.digest
             if named:
                 return descriptor
         if reference.digest is not None:
@@ -63,7 +67,7 @@ class Layout:
             raw = self._read_blob(reference.digest, self._limits.manifest)
             return Descriptor(media_type=_media_type(raw), digest=reference.digest, size=len(raw))
         exist = ", ".join(sorted({tag for tag, _ in self._entries() if tag is not None})[:10]) or "none"
-        raise NotFound(f"{self._path}: no tag {reference.tag} (tags that exist: {exist})")
+        raise NotFound(f"{self._path}: no tag {wanted} (tags that exist: {exist})")
 
     def manifest(self, repository: Repository, digest: Digest) -> tuple[bytes, str]:
         raw = self._read_blob(digest, self._limits.manifest)

@@ -23,6 +23,8 @@ from unpacker.errors import RegistryError
 
 RETRY_AFTER_CAP = 300.0
 BACKOFF_CAP = 60.0
+UNREACHABLE_FOR = 60.0
+ILL_AFTER = 3
 TEMPORARY_STATUS = frozenset({408, 425, 429})
 
 _T = TypeVar("_T")
@@ -34,6 +36,10 @@ class Later(RegistryError):
     def __init__(self, message: str, *, status: int | None = None, retry_after: float | None = None) -> None:
         super().__init__(message, status=status, temporary=True)
         self.retry_after = retry_after
+
+
+class Unreachable(Later):
+    """No connection came about at all."""
 
 
 def is_temporary(status: int) -> bool:
@@ -76,9 +82,9 @@ class Policy:
         return retrying(act)
 
     def _again(self, error: BaseException) -> bool:
-        if not isinstance(error, RegistryError) or not error.temporary or self.closing.is_set():
+        if not isinstance(error, Later) or self.closing.is_set():
             return False
-        return not (isinstance(error, Later) and (error.retry_after or 0) > RETRY_AFTER_CAP)
+        return (error.retry_after or 0) <= RETRY_AFTER_CAP
 
     def _pause(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome is not None else None
@@ -98,18 +104,41 @@ class Policy:
 
 
 class Gate:
-    """The traffic light of one host: at most so many requests at a time, none while the host asked to be left alone."""
+    """What all threads know of one host: how many may ask it at a time, and whether asking makes sense now.
+
+    A host that was out of reach is not tried for `UNREACHABLE_FOR` seconds, and one that failed `ILL_AFTER` times in
+    a row, each time after all attempts, gets one attempt at a time until it answers again: otherwise a thousand wishes
+    for a dead registry would each be waited for.
+    """
 
     def __init__(self, width: int, closing: threading.Event) -> None:
         self.slots = threading.BoundedSemaphore(width)
         self._closing = closing
         self._not_before = 0.0
+        self._unreachable_until = 0.0
+        self._failures = 0
 
-    def wait(self) -> None:
-        """Returns when the host may be asked again."""
+    def wait(self, what: str) -> None:
+        """Returns when the host may be asked again; raises at once if it was out of reach a moment ago."""
+        if time.monotonic() < self._unreachable_until:
+            raise RegistryError(f"{what}: not asked, because the host was out of reach a moment ago", temporary=True)
         while (pause := self._not_before - time.monotonic()) > 0 and not self._closing.is_set():
             self._closing.wait(pause)
 
     def hold(self, seconds: float) -> None:
         """Nobody asks this host for so many seconds: one 429 is enough for all threads."""
         self._not_before = max(self._not_before, time.monotonic() + min(seconds, RETRY_AFTER_CAP))
+
+    def attempts(self, usual: int) -> int:
+        """How often to try."""
+        return usual if self._failures < ILL_AFTER else 1
+
+    def answered(self) -> None:
+        """The host is well: it gave an answer, if only that there is no such thing."""
+        self._failures = 0
+
+    def failed(self, error: RegistryError) -> None:
+        """All attempts at something failed, the last one so."""
+        self._failures += 1
+        if isinstance(error, Unreachable):
+            self._unreachable_until = time.monotonic() + UNREACHABLE_FOR

@@ -14,18 +14,20 @@ import json
 import os
 import re
 import ssl
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
-import certifi
 import httpx
 
 from unpacker.errors import Denied, ImageError, NotFound, RegistryError, SettingsError
+from unpacker.registry import tls
 from unpacker.registry.address import why_refused
-from unpacker.registry.retry import RETRY_AFTER_CAP, Later, is_temporary, parse_retry_after
+from unpacker.registry.retry import RETRY_AFTER_CAP, Later, Unreachable, is_temporary, parse_retry_after
 
 REDIRECTS = 5
 _ERROR_BODY = 64 << 10
@@ -149,18 +151,44 @@ class Transport:
     def __init__(self, *, timeout: float, insecure_registries: frozenset[str]) -> None:
         self._timeout = timeout
         self._insecure = frozenset(r.lower() for r in insecure_registries)
-        self._http = httpx.Client(
-            verify=_tls_context(os.environ),
-            http2=False,
-            follow_redirects=False,
-            timeout=httpx.Timeout(timeout, connect=min(timeout, 20.0), pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30),
-            # Bodies are compared with digests and sizes of what is stored, so they must come as stored.
-            headers={"Accept-Encoding": "identity", "User-Agent": "unpacker"},
-        )
+        self._lock = threading.Lock()
+        self._shared = self._client(tls.context(os.environ))
+        self._clients: dict[str, httpx.Client] = {}
+        """By host, where a host has certificates of its own; else the shared one."""
+
+    def _client(self, trusting: ssl.SSLContext) -> httpx.Client:
+        try:
+            return httpx.Client(
+                verify=trusting,
+                http2=False,
+                follow_redirects=False,
+                timeout=httpx.Timeout(self._timeout, connect=min(self._timeout, 20.0), pool=None),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30),
+                # Bodies are compared with digests and sizes of what is stored, so they must come as stored.
+                headers={"Accept-Encoding": "identity", "User-Agent": "unpacker"},
+                # A cookie given to a user would make the next anonymous request that user's.
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            )
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            # What httpx makes of variables such as ALL_PROXY. Their values may hold a password.
+            raise SettingsError(
+                "cannot use the proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names: expected http://host:port or "
+                f"https://host:port ({type(error).__name__})"
+            ) from None
+
+    def _client_for(self, origin: Origin) -> httpx.Client:
+        if origin.scheme == "http":
+            return self._shared
+        with self._lock:
+            client = self._clients.get(origin.netloc)
+            if client is None:
+                own = tls.context_for(origin.netloc, os.environ)
+                client = self._clients[origin.netloc] = self._shared if own is None else self._client(own)
+            return client
 
     def close(self) -> None:
-        self._http.close()
+        for client in {self._shared, *self._clients.values()}:
+            client.close()
 
     def is_insecure(self, origin: Origin) -> bool:
         """Whether the operator lets this host do without TLS."""
@@ -228,10 +256,11 @@ class Transport:
         if (reason := why_refused(url.host)) is not None:
             raise Refused(f"{what}: {printable(url.host)} is never called: {reason}")
         try:
-            request = self._http.build_request(method, url, headers=headers, data=form)
+            client = self._client_for(Origin.of(url))
+            request = client.build_request(method, url, headers=headers, data=form)
             # A callback of the request, because a connection is made for the request that needs one.
             request.extensions["trace"] = _check_peer
-            return self._http.send(request, stream=True)
+            return client.send(request, stream=True)
         except _ForbiddenPeer as error:
             raise Refused(f"{what}: {printable(url.host)} is never called: {error}") from None
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError, ValueError) as error:
@@ -239,7 +268,8 @@ class Transport:
         except httpx.HTTPError as error:
             if _is_bad_certificate(error):
                 raise RegistryError(f"{what}: {_reason(error)}") from None
-            raise Later(f"{what}: {_reason(error)}") from None
+            kind = Unreachable if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) else Later
+            raise kind(f"{what}: {_reason(error)}") from None
 
 
 def _drain(response: httpx.Response) -> None:
@@ -317,23 +347,3 @@ def _is_bad_certificate(error: httpx.HTTPError) -> bool:
             return True
         cause = cause.__cause__ or cause.__context__
     return False
-
-
-def _tls_context(environment: Mapping[str, str]) -> ssl.SSLContext:
-    """Whom to trust: SSL_CERT_FILE and SSL_CERT_DIR, else REQUESTS_CA_BUNDLE, else the system's authorities, else
-    certifi's where a system has none. A site's own authority is usually among the system's."""
-    file, directory = environment.get("SSL_CERT_FILE") or None, environment.get("SSL_CERT_DIR") or None
-    if file is None and directory is None and (bundle := environment.get("REQUESTS_CA_BUNDLE")):
-        file, directory = (None, bundle) if os.path.isdir(bundle) else (bundle, None)
-    if file is None and directory is None:
-        context = ssl.create_default_context()
-        defaults = ssl.get_default_verify_paths()
-        listed = os.listdir(defaults.capath) if defaults.capath is not None else []
-        if defaults.cafile is None and not listed:
-            context.load_verify_locations(cafile=certifi.where())
-        return context
-    try:
-        return ssl.create_default_context(cafile=file, capath=directory)
-    except (OSError, ssl.SSLError) as error:
-        named = file if file is not None else directory
-        raise SettingsError(f"{named}: cannot read certificate authorities from it ({error.strerror})") from None
