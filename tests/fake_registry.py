@@ -119,6 +119,8 @@ class FakeRegistry:
         """Digests of blobs and manifests with their last byte changed."""
         self.slow: tuple[int, float] | None = None
         """Bodies go out in pieces of so many bytes with so many seconds before each."""
+        self.drip: str | None = None
+        """"header": a header that never ends, a byte at a time; "chunk": the same inside a body's chunk."""
         self.delay = 0.0
         """Seconds before each answer."""
         self.fixed: dict[str, tuple[bytes, dict[str, str]]] = {}
@@ -334,6 +336,9 @@ class _Handler(BaseHTTPRequestHandler):
             )
         )
         time.sleep(fake.delay)
+        if fake.drip is not None:
+            self._drip(fake.drip)
+            return
         fault = fake.take_fault(self.command, path)
         if fault is not None:
             if fault.status == 0:
@@ -366,6 +371,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._manifest(repository, match["what"])
         else:
             self._blob(repository, match["what"])
+
+    def _drip(self, where: str) -> None:
+        self.close_connection = True
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        self.wfile.write(b"X-Slow: " if where == "header" else b"Transfer-Encoding: chunked\r\n\r\n5;")
+        for _ in range(200):
+            self.wfile.write(b"a")
+            self.wfile.flush()
+            time.sleep(0.05)
 
     # Authentication.
 

@@ -262,6 +262,17 @@ def test_a_body_that_trickles_is_given_up(client: Client, registry: FakeRegistry
     assert time.monotonic() - before < 10
 
 
+@pytest.mark.parametrize("where", ["header", "chunk"])
+def test_an_answer_that_drips_is_given_up(client: Client, registry: FakeRegistry, where: str) -> None:
+    """No byte is late, but the header, or the chunk, never ends."""
+    registry.drip = where
+    before = time.monotonic()
+    with pytest.raises(RegistryError, match="no answer in time") as caught:
+        client.manifest(place(registry), DIGEST)
+    assert caught.value.temporary
+    assert time.monotonic() - before < 5
+
+
 def test_a_slow_body_that_comes_is_read(client: Client, registry: FakeRegistry) -> None:
     registry.add_blob("org/app", b"x" * 50_000)
     registry.slow = (5_000, 0.06)
@@ -335,6 +346,18 @@ def test_redirects_without_end_are_given_up(client: Client, registry: FakeRegist
     with pytest.raises(RegistryError, match="more than 5 redirects"):
         client.head(app(registry))
     assert registry.count() == 6
+
+
+def test_a_body_beside_a_redirect_is_not_waited_for(client: Client, registry: FakeRegistry) -> None:
+    registry.add("org/app", "1.0", APP)
+    registry.slow = (1, 0.05)
+    location = {"Location": f"/v2/org/app/manifests/{APP.digest}"}
+    registry.fault(status=307, method="HEAD", headers=location)
+    registry.fault(status=307, method="GET", headers={"Location": "/v2/org/app/tags/list"}, body=b"x" * 10_000)
+    before = time.monotonic()
+    assert client.head(app(registry)).digest == DIGEST
+    assert client.tags(place(registry)) == ["1.0"]
+    assert time.monotonic() - before < 5
 
 
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "http://user:pw@127.0.0.1/", "gopher://x/"])

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any
 
 import httpx
 
@@ -28,6 +27,7 @@ from unpacker.errors import Denied, ImageError, NotFound, RegistryError, Setting
 from unpacker.registry import tls
 from unpacker.registry.address import why_refused
 from unpacker.registry.retry import RETRY_AFTER_CAP, Later, Unreachable, is_temporary, parse_retry_after
+from unpacker.registry.watch import ForbiddenPeer, Watch
 
 REDIRECTS = 5
 _ERROR_BODY = 64 << 10
@@ -68,10 +68,11 @@ class Origin:
 class Answer:
     """A response whose body is still to be read. Usable only inside the `with` that gave it."""
 
-    def __init__(self, response: httpx.Response, what: str, asked: Origin, timeout: float) -> None:
+    def __init__(self, response: httpx.Response, what: str, *, asked: Origin, timeout: float, watch: Watch) -> None:
         self._response = response
         self._what = what
         self._timeout = timeout
+        self._watch = watch
         self.status = response.status_code
         self.headers = response.headers
         self.url = response.url
@@ -92,7 +93,8 @@ class Answer:
         try:
             while True:
                 before = time.monotonic()
-                piece = next(chunks, b"")
+                with self._watch.in_time():
+                    piece = next(chunks, b"")
                 waited += time.monotonic() - before
                 if not piece:
                     return
@@ -151,6 +153,7 @@ class Transport:
     def __init__(self, *, timeout: float, insecure_registries: frozenset[str]) -> None:
         self._timeout = timeout
         self._insecure = frozenset(r.lower() for r in insecure_registries)
+        self._watch = Watch(timeout)
         self._lock = threading.Lock()
         self._shared = self._client(tls.context(os.environ))
         self._clients: dict[str, httpx.Client] = {}
@@ -220,16 +223,17 @@ class Transport:
         for _ in range(REDIRECTS + 1):
             response = self._send_once(method, target, sent, form, what)
             try:
+                answer = Answer(response, what, asked=asked, timeout=self._timeout, watch=self._watch)
                 location = response.headers.get("Location")
                 if response.status_code not in (301, 302, 303, 307, 308) or location is None:
-                    yield Answer(response, what, asked, self._timeout)
+                    yield answer
                     return
                 if form is not None:
                     raise RegistryError(
                         f"{what}: redirected, which a request with secrets does not follow", status=response.status_code
                     )
                 target = self._follow(target, location, what, response.status_code)
-                _drain(response)
+                _drain(answer)
                 if Origin.of(target) != asked:
                     # For good: a way back to the first host is another's idea of what to ask there.
                     sent.pop("Authorization", None)
@@ -259,9 +263,9 @@ class Transport:
             client = self._client_for(Origin.of(url))
             request = client.build_request(method, url, headers=headers, data=form)
             # A callback of the request, because a connection is made for the request that needs one.
-            request.extensions["trace"] = _check_peer
+            request.extensions["trace"] = self._watch
             return client.send(request, stream=True)
-        except _ForbiddenPeer as error:
+        except ForbiddenPeer as error:
             raise Refused(f"{what}: {printable(url.host)} is never called: {error}") from None
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError, ValueError) as error:
             raise RegistryError(f"{what}: not a request that can be sent ({type(error).__name__})") from None
@@ -272,30 +276,14 @@ class Transport:
             raise kind(f"{what}: {_reason(error)}") from None
 
 
-def _drain(response: httpx.Response) -> None:
+def _drain(answer: Answer) -> None:
     """Reads a short body nobody needs, so that the connection can be used again."""
-    length = response.headers.get("Content-Length", "")
     try:
-        if re.fullmatch(r"[0-9]{1,5}", length) and int(length) <= _DRAINED:
-            for _ in response.iter_raw():
+        if answer.length is not None and answer.length <= _DRAINED:
+            for _ in answer.pieces():
                 pass
-    except httpx.HTTPError:
+    except Later:
         pass  # then the connection is not used again
-
-
-class _ForbiddenPeer(Exception):
-    """The connection that was just made leads to an address that is never called."""
-
-
-def _check_peer(event: str, info: dict[str, Any]) -> None:
-    if event != "connection.connect_tcp.complete":
-        return
-    stream = info["return_value"]
-    peer = stream.get_extra_info("server_addr")
-    reason = why_refused(str(peer[0])) if peer else None
-    if reason is not None:
-        stream.close()
-        raise _ForbiddenPeer(reason)
 
 
 def _parse(url: str | httpx.URL, what: str) -> httpx.URL:
