@@ -65,7 +65,7 @@ bench: $(STAMP)
 	@"$(VENV)/bin/python" -m bench.run $(BENCH)
 
 torture: $(STAMP)
-	"$(VENV)/bin/python" -m pytest tests/test_kills.py --torture $(TESTS)
+	"$(VENV)/bin/python" -m pytest tests/test_kills.py --torture -n $(JOBS) $(TESTS)
 
 clean:
 	rm -rf "$(VENV)" .demo .bench build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -41,11 +41,13 @@ IMPLIED_MTIME = 0
 
 
 class Operation(NamedTuple):
-    """One drawn entry of a layer; `other` is the target of a link."""
+    """One drawn entry of a layer: `target` is a symlink's; `number` says which name a hard link is to, as random paths
+    would seldom hit one."""
 
     kind: str
     path: str
-    other: str
+    target: str
+    number: int
     data: bytes
     mode: int
     mtime: float
@@ -56,7 +58,7 @@ class Operation(NamedTuple):
 class DrawnLayer(NamedTuple):
     operations: list[Operation]
     whiteouts: list[int]
-    """Which names of the lower tree are hidden, by number: random paths would seldom hit one."""
+    """Which names of the lower tree are hidden, by number."""
     opaque: list[int]
 
 
@@ -126,21 +128,22 @@ class Drawing:
                 entry = Entry(op.path, Kind.FIFO, op.mode, mtime_ns=mtime_ns)
                 member = images.fifo(op.path, mode=op.mode, **meta)
             case "symlink":
-                target = op.other
+                target = op.target
                 if self.for_tar:
                     target = target.lstrip("./") or "a"  # tar knows no root but the host's, and would write there
                 del meta["xattrs"]
                 entry = Entry(op.path, Kind.SYMLINK, 0o777, mtime_ns=mtime_ns, target=target)
                 member = images.symlink(op.path, target, **meta)
             case _:
-                linked = lookup(self.tree, op.other)
-                if linked is None or isinstance(linked, Directory) or linked is old:
+                targets = [(p, n) for p, n in walk(self.tree) if not isinstance(n, Directory) and n is not old]
+                if not targets:
                     return  # both oracles make no link to nothing, and take the link away before linking it to itself
+                target, linked = targets[op.number % len(targets)]
                 # umoci gives the shared inode what the header of the link says; those of real layers say the same.
-                member = images.hardlink(op.path, op.other, mtime=linked.mtime_ns / 10**9)
+                member = images.hardlink(op.path, target, mtime=linked.mtime_ns / 10**9)
                 member[0].mode, member[0].uid, member[0].gid = linked.mode, linked.uid, linked.gid
                 member[0].pax_headers = {f"SCHILY.xattr.{k}": v.decode() for k, v in linked.xattrs}
-                entry = Entry(op.path, Kind.HARDLINK, target=op.other)
+                entry = Entry(op.path, Kind.HARDLINK, target=target)
         entry = entry._replace(
             uid=member[0].uid,
             gid=member[0].gid,
@@ -150,7 +153,7 @@ class Drawing:
             after = apply(self.tree, Changeset(diff_id="", entries=(entry,)))
         except ImageError:
             return  # a loop of symlinks on the way
-        if entry.kind is Kind.HARDLINK and lookup(after, op.other) is None:
+        if entry.kind is Kind.HARDLINK and lookup(after, entry.target) is None:
             return  # a link in place of the directory its target is in: both oracles clear the way first
         self.tree = after
         self.members.append(member)
@@ -261,9 +264,10 @@ _TIMES = st.sampled_from([1.0, 1_500_000_000.0, 1_600_000_000.5, 2_000_000_000.2
 def _operations(xattrs: bool) -> st.SearchStrategy[Operation]:
     return st.builds(
         Operation,
-        kind=st.sampled_from(["file", "file", "directory", "directory", "symlink", "hardlink", "fifo"]),
+        kind=st.sampled_from(["file", "file", "directory", "directory", "symlink", "hardlink", "hardlink", "fifo"]),
         path=_PATHS,
-        other=_TARGETS,
+        target=_TARGETS,
+        number=st.integers(0, 20),
         data=st.sampled_from([b"", b"one", b"two", b"three"]),
         mode=st.sampled_from([0o644, 0o600, 0o755, 0o4755, 0o1777, 0o2750]),
         mtime=_TIMES,
@@ -271,7 +275,7 @@ def _operations(xattrs: bool) -> st.SearchStrategy[Operation]:
         xattrs=st.dictionaries(st.sampled_from(["user.a", "user.b"]), st.sampled_from([b"1", b"2"]), max_size=2)
         if xattrs
         else st.just({}),
-    ).map(lambda op: op._replace(other=op.other.lstrip("./")) if op.kind == "hardlink" else op)
+    )
 
 
 def _has_xattrs() -> bool:
@@ -286,11 +290,11 @@ def _has_xattrs() -> bool:
 _LAYERS = st.lists(
     st.builds(
         DrawnLayer,
-        operations=st.lists(_operations(_has_xattrs()), min_size=1, max_size=10),
+        operations=st.lists(_operations(_has_xattrs()), min_size=3, max_size=10),
         whiteouts=st.lists(st.integers(0, 20), max_size=2),
         opaque=st.lists(st.integers(0, 20), max_size=1),
     ),
-    min_size=1,
+    min_size=2,
     max_size=4,
 )
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]

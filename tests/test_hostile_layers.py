@@ -216,8 +216,8 @@ def test_an_extension_header_without_a_member_is_refused(flag: bytes, end: bytes
 
 def test_global_headers_cannot_pile_up() -> None:
     def attack() -> Iterator[bytes]:
-        for i in itertools.count():
-            yield pax((b"SCHILY.xattr.user.%d" % i, bytes(100_000)), flag=b"g") + header(b"f%d" % i)
+        for i in range(1000):
+            yield pax((b"SCHILY.xattr.user.%d" % i, bytes(50_000)), flag=b"g") + header(b"f%d" % i)
 
     found = refused(Chain(attack()), Limits())
     assert "global pax headers beyond the limit" in found.message
@@ -460,6 +460,36 @@ def test_a_hard_link_to_what_no_layer_holds_is_refused(target: str) -> None:
 @pytest.mark.parametrize("name", [".wh.", "a/.wh.", ".wh..", ".wh...", "a/.wh...", ".wh.a/b", "a/.wh.b/c/d"])
 def test_whiteouts_of_nothing_and_below_whiteouts_are_refused(name: str) -> None:
     assert "not a valid whiteout" in refused(images.layer(images.file(name))).message
+
+
+# Extended attributes, and all that is held in memory.
+
+
+def test_extended_attributes_that_no_system_takes_are_refused() -> None:
+    for key, value in ((b"user." + b"n" * 251, b""), (b"user.a", bytes(65_537))):
+        tar = pax((b"SCHILY.xattr." + key, value)) + header() + END
+        assert "extended attribute that no system takes" in refused(tar).message
+    for key, value in ((b"user." + b"n" * 250, b""), (b"user.a", bytes(65_536)), (b"trusted.dropped", bytes(100_000))):
+        tar = pax((b"SCHILY.xattr." + key, value)) + header() + END
+        assert layer.read(io.BytesIO(tar), layer_of(tar, tar), MemoryStore(), Policy(), SMALL).entries
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        pax((b"SCHILY.xattr.user.a", bytes(60_000))) + header(),
+        pax((b"path", b"long/" * 800)) + header(),
+        pax((b"linkpath", b"l" * 4000)) + header(flag=b"2"),
+        pax((b"linkpath", b"long/" * 800)) + header(flag=b"1"),
+        pax((b"path", b"long/" * 700 + b".wh.x")) + header(),
+        pax((b"path", b".wh..wh.plnk/" + b"long/" * 700)) + header(),
+    ],
+)
+def test_a_flood_of_metadata_stops_at_the_limit(member: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "METADATA_BYTES", 1 << 17)
+    stream = Chain(itertools.repeat(member))
+    assert "more than 131072 bytes of names and extended attributes" in refused(stream, Limits()).message
+    assert stream.taken < 4 * MIB
 
 
 # Damage, with digests that say so or do not.

@@ -349,15 +349,13 @@ def test_redirects_without_end_are_given_up(client: Client, registry: FakeRegist
 
 
 def test_a_body_beside_a_redirect_is_not_waited_for(client: Client, registry: FakeRegistry) -> None:
-    registry.add("org/app", "1.0", APP)
     registry.slow = (1, 0.05)
-    location = {"Location": f"/v2/org/app/manifests/{APP.digest}"}
-    registry.fault(status=307, method="HEAD", headers=location)
-    registry.fault(status=307, method="GET", headers={"Location": "/v2/org/app/tags/list"}, body=b"x" * 10_000)
-    before = time.monotonic()
-    assert client.head(app(registry)).digest == DIGEST
-    assert client.tags(place(registry)) == ["1.0"]
-    assert time.monotonic() - before < 5
+    with FakeRegistry() as quick:
+        quick.add("org/app", "1.0", APP)
+        registry.fault(status=307, headers={"Location": quick.url + "/v2/org/app/tags/list"}, body=b"x" * 10_000)
+        before = time.monotonic()
+        assert client.tags(place(registry)) == ["1.0"]
+        assert time.monotonic() - before < 5
 
 
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "http://user:pw@127.0.0.1/", "gopher://x/"])

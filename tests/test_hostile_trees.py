@@ -169,19 +169,19 @@ def test_symlinks_that_multiply_the_way_are_refused_before_they_take_long() -> N
     """Forty links of 2,000 components each, for every entry anew because a link on the way is replaced each time."""
     chain = [symlink(f"l{n}", "./" * 1990 + f"l{n + 1}") for n in range(39)]
     hostile = [e for n in range(5000) for e in (symlink("l0", "./" * (n % 2) + "l1"), file("l0/f"))]
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ImageError, match="too long to follow"):
         apply(EMPTY, layer([*chain, *hostile]))
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < 30
 
 
 def test_whiteouts_through_long_symlinks_are_refused_before_they_take_long() -> None:
     chain = [symlink(f"l{n}", "./" * 1990 + f"l{n + 1}") for n in range(39)]
     lower = apply(EMPTY, layer([*chain, directory("l39")]))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ImageError, match="too long to follow"):
         apply(lower, layer([], whiteouts=[f"l0/{n}" for n in range(1_000)]))
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < 30
 
 
 def test_long_chains_of_later_links_take_linear_time() -> None:
@@ -189,25 +189,25 @@ def test_long_chains_of_later_links_take_linear_time() -> None:
     count = 30_011
     order = [n * 7919 % count for n in range(count)]
     links = [hardlink(f"l{n}", f"l{n + 1}") for n in order]
-    start = time.monotonic()
+    start = time.process_time()
     tree = apply(EMPTY, layer([*links, file(f"l{count}", "found")]))
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert lookup(tree, "l0") == lookup(tree, f"l{count}")
 
 
 def test_many_directories_replaced_again_and_again_take_linear_time() -> None:
     entries = [e for n in range(20_000) for e in (file("a/b/c/d"), file("a/b"), directory("x"), file(f"x/{n}"))]
-    start = time.monotonic()
+    start = time.process_time()
     tree = apply(EMPTY, layer(entries))
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert len(paths(tree)) == 20_003
 
 
 def test_a_wide_directory_is_copied_once_a_layer() -> None:
     wide = apply(EMPTY, layer(file(f"d/{n}") for n in range(100_000)))
-    start = time.monotonic()
+    start = time.process_time()
     tree = apply(
         wide, layer((file(f"d/{n}", "new") for n in range(1_000)), whiteouts=(f"d/{n}" for n in range(50_000)))
     )
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert len(paths(tree)) == 51_001

@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("reconcile",),
     ("progress", "assembly"),
     ("cli",),
+    ("__main__",),
 )
 RULES = {"document", "tags", "wish", "claims", "imagelist", "recipe", "wishlist", "plan", "status", "rootfs", "listing"}
 RULES |= {"report", "tree", "record", "reference", "oci", "image", "changeset", "limits", "errors"}

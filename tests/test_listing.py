@@ -6,7 +6,7 @@ import json
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unpacker.changeset import Changeset, Entry, Kind
@@ -70,6 +70,7 @@ _TEXT = st.binary(min_size=1, max_size=20).map(lambda b: b.decode("utf-8", "surr
 _NAME = _TEXT.filter(lambda t: not set(t) & {"/", "\0"} and t not in (".", ".."))
 
 
+@settings(deadline=None)
 @given(
     names=st.lists(_NAME, min_size=1, max_size=5),
     target=_TEXT,
@@ -98,6 +99,7 @@ def test_a_listing_cut_short_is_noticed(kept: int) -> None:
         list(read(BIG[:kept]))
 
 
+@settings(deadline=None)
 @given(place=st.integers(0, len(BIG) - 1), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_noticed_or_harmless(place: int, bit: int) -> None:
     """The frame carries a checksum; a bit that the format leaves unused changes nothing that is read."""

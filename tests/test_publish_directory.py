@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import stat
 import subprocess
 import sys
+import tempfile
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -535,22 +539,46 @@ def test_symlinks_get_their_times_without_touching_what_they_lead_to(
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="these tests run unprivileged already")
-def test_all_of_this_holds_for_a_user_who_is_not_root(tmp_path: Path) -> None:
+def test_all_of_this_holds_for_a_user_who_is_not_root() -> None:
     """Every test of the directory target once more, as nobody."""
     here = Path(__file__).parent
-    nobody: Any = {"user": 65534, "group": 65534, "extra_groups": []}
-    # A directory of pytest's is for its user alone.
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as place:
+    tests = [str(here / f"test_{name}.py") for name in ("publish_directory", "pool", "gc", "verify")]
+    # Not below a directory of pytest's, which is for its own user alone.
+    with tempfile.TemporaryDirectory() as place, open(f"{place}/output", "w+b") as output:
         os.chown(place, 65534, 65534)
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
-        environment |= {"HOME": place, "TMPDIR": place, "PYTHONDONTWRITEBYTECODE": "1"}
-        python = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--basetemp", f"{place}/tests"]
-        tests = [f"tests/test_{name}.py" for name in ("publish_directory", "pool", "lock", "gc", "verify")]
-        probe = [sys.executable, "-c", "import pytest, unpacker, tests.images"]
-        able = subprocess.run(probe, cwd=here.parent, env=environment, capture_output=True, **nobody)
-        if able.returncode:
-            pytest.skip("nobody cannot read this checkout or its Python: the unprivileged half is not tested")
-        done = subprocess.run([*python, *tests], cwd=here.parent, env=environment, capture_output=True, **nobody)
-    assert done.returncode == 0, done.stdout.decode()[-5000:] + done.stderr.decode()[-2000:]
+        with warnings.catch_warnings():
+            # Newer Pythons warn of threads; the child starts none, and ends here.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if not child:
+            _run_as_nobody(["-q", "-x", "-p", "no:cacheprovider", f"--basetemp={place}/tests", *tests], output.fileno())
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        said = output.read().decode()
+    assert os.waitstatus_to_exitcode(status) == 0, said[-8000:]
+    assert " passed" in said
+
+
+def _run_as_nobody(arguments: list[str], output: int) -> None:
+    # In a fork, because nobody may not be allowed to start the Python that is running already.
+    code = 70
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115
+        # What is imported late must come while it can be read.
+        for module in ("sysconfig", "multiprocessing", "hypothesis.internal.observability", "tests.test_pool"):
+            importlib.import_module(module)
+        pytest.main(["-q", "--collect-only", *arguments[1:]])
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+            del os.environ[name]
+        code = int(pytest.main(arguments))
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        os._exit(code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unpacker.changeset import Change, Changeset, Entry, Kind, Xattrs
@@ -101,12 +101,14 @@ _ENTRIES = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(entry=_ENTRIES, policy=st.sampled_from([KEEP_OWNERS, OURS]))
 def test_publishable_is_idempotent(entry: Entry, policy: Policy) -> None:
     once = publishable(entry, policy)
     assert publishable(once, policy) == once
 
 
+@settings(deadline=None)
 @given(entry=_ENTRIES, policy=st.sampled_from([KEEP_OWNERS, OURS]))
 def test_an_entry_that_changes_says_how(entry: Entry, policy: Policy) -> None:
     once = publishable(entry, policy)
@@ -115,6 +117,7 @@ def test_an_entry_that_changes_says_how(entry: Entry, policy: Policy) -> None:
     assert once.change == Change.NONE or not same
 
 
+@settings(deadline=None)
 @given(entry=_ENTRIES.filter(lambda e: e.kind is not Kind.HARDLINK), policy=st.sampled_from([KEEP_OWNERS, OURS]))
 def test_the_rule_for_a_node_is_the_rule_for_an_entry(entry: Entry, policy: Policy) -> None:
     """A file's token may cover its metadata: what was decided before its bytes were stored must stay."""

@@ -358,6 +358,8 @@ def test_lookup_answers_as_lstat_in_a_chroot() -> None:
     assert lookup(tree, "s/f") == lookup(tree, "d/f")
     assert lookup(tree, "s") == Symlink(0o777, 0, 0, 0, (), "/d")
     assert lookup(tree, "s/..") is tree.root
+    nested = flatten(layer(file("d/f", "1"), symlink("deep/er/s", "/d"), symlink("deep/up", "../d")))
+    assert lookup(nested, "deep/er/s/f") == lookup(nested, "deep/up/f") == lookup(nested, "d/f")
     assert [lookup(tree, p) for p in ("x", "d/f/x", "loop/x", "x/y")] == [None] * 4
 
 
@@ -422,11 +424,13 @@ def some_tree(layers: list[Changeset]) -> Tree:
 _TREES = st.lists(_LAYERS, max_size=3).map(some_tree)
 
 
+@settings(deadline=None)
 @given(tree=_TREES)
 def test_an_empty_changeset_changes_nothing(tree: Tree) -> None:
     assert apply(tree, layer()) is tree
 
 
+@settings(deadline=None)
 @given(tree=_TREES, changeset=_LAYERS)
 def test_applying_leaves_the_tree_given_as_it_is(tree: Tree, changeset: Changeset) -> None:
     before = snapshot(tree)
@@ -434,6 +438,7 @@ def test_applying_leaves_the_tree_given_as_it_is(tree: Tree, changeset: Changese
     assert snapshot(tree) == before
 
 
+@settings(deadline=None)
 @given(tree=_TREES, entries=st.lists(_ENTRIES.filter(lambda e: e.kind in (Kind.FILE, Kind.DIRECTORY)), max_size=8))
 def test_plain_files_and_directories_applied_twice_are_as_applied_once(tree: Tree, entries: list[Entry]) -> None:
     # An order in which no entry undoes another: one a path, and no file where another entry needs a directory.
@@ -446,6 +451,7 @@ def test_plain_files_and_directories_applied_twice_are_as_applied_once(tree: Tre
         assert outcome(tree, layer(*kept), layer(*kept)) == once
 
 
+@settings(deadline=None)
 @given(tree=_TREES, changeset=_LAYERS, shuffle=st.randoms(use_true_random=False))
 def test_the_order_of_whiteouts_means_nothing(tree: Tree, changeset: Changeset, shuffle: Any) -> None:
     whiteouts, opaque = list(changeset.whiteouts), list(changeset.opaque)
@@ -455,6 +461,7 @@ def test_the_order_of_whiteouts_means_nothing(tree: Tree, changeset: Changeset, 
     assert outcome(tree, shuffled) == outcome(tree, changeset)
 
 
+@settings(deadline=None)
 @given(tree=_TREES, changeset=_LAYERS)
 def test_a_layer_over_a_hidden_tree_is_as_over_an_empty_one(tree: Tree, changeset: Changeset) -> None:
     plain = layer(*(e for e in changeset.entries if e.kind is not Kind.HARDLINK))
@@ -462,6 +469,7 @@ def test_a_layer_over_a_hidden_tree_is_as_over_an_empty_one(tree: Tree, changese
     assert outcome(tree, hidden) == outcome(EMPTY, plain)
 
 
+@settings(deadline=None)
 @given(tree=_TREES, changeset=_LAYERS)
 def test_hiding_and_placing_may_come_as_two_layers(tree: Tree, changeset: Changeset) -> None:
     """A layer is its whiteouts, then its entries; but for links to what it hides, and symlinks that it replaces."""
@@ -473,6 +481,7 @@ def test_hiding_and_placing_may_come_as_two_layers(tree: Tree, changeset: Change
     assert outcome(tree, hide, layer(*entries)) == outcome(tree, both)
 
 
+@settings(deadline=None)
 @given(tree=_TREES, path=_PATHS)
 def test_directories_that_a_layer_does_not_touch_are_shared(tree: Tree, path: str) -> None:
     result = apply(tree, layer(file("new", "x")))
@@ -487,7 +496,7 @@ def naive(tree: Tree, changeset: Changeset) -> list[tuple[str, Any]]:
     return snapshot(tree)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(tree=_TREES, entries=st.lists(_ENTRIES, max_size=12))
 def test_entries_in_one_layer_act_as_one_after_the_other(tree: Tree, entries: list[Entry]) -> None:
     try:

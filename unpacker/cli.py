@@ -413,7 +413,9 @@ def _carry_out(
     if result.survey.plan.refusal:
         summary += f"removals held: {result.survey.plan.refusal}; --allow-removals lets them happen\n"
     _write_report(report_file, value, report.OUTCOME_HEADER, rows, summary)
-    code = exit_code(result, sound=found.sound)
+    errors = [e for e in (*(o.error for o in result.outcomes), *(u.error for u in unresolved)) if e is not None]
+    # Of a single image its own error says more than "some wishes failed".
+    code = errors[0].exit_code if choice.anonymous and errors else exit_code(result, sound=found.sound)
     if json:
         print(report.as_json(value), end="")
     elif code or not quiet:

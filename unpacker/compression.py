@@ -16,8 +16,12 @@ from isal import igzip_lib
 from unpacker.digest import Stream
 from unpacker.errors import ImageError
 
-PIECE = 1 << 18
-"""The most that is read, or given out, at once."""
+PIECE = 1 << 20
+"""The most that is given out at once. Every piece passes the interpreter's lock several times on its way, so that many
+small ones cost more than the memory of a few large ones."""
+
+INPUT = 1 << 18
+"""The most that is read at once."""
 
 ZSTD_WINDOW = 128 << 20
 """The memory one frame may ask for. It is what `zstd` itself accepts without a flag."""
@@ -113,7 +117,7 @@ class _Gzip:
 
     def _available(self) -> bool:
         if self._pos >= len(self._input):
-            self._input, self._pos = self._stream.read(PIECE), 0
+            self._input, self._pos = self._stream.read(INPUT), 0
         return bool(self._input)
 
     def _next_input(self) -> bytes:
@@ -122,7 +126,7 @@ class _Gzip:
         self._available()
         data = self._input[self._pos : self._pos + self._feed]
         self._pos += len(data)
-        self._feed = min(self._feed * 2, PIECE)
+        self._feed = min(self._feed * 2, INPUT)
         return data
 
     def _begin(self) -> igzip_lib.IgzipDecompressor | None:
@@ -146,7 +150,7 @@ class _Zstd:
         self._frames = _Frames(stream, what)
         decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
         self._reader = decompressor.stream_reader(
-            cast(IO[bytes], self._frames), read_size=PIECE, read_across_frames=True, closefd=False
+            cast(IO[bytes], self._frames), read_size=INPUT, read_across_frames=True, closefd=False
         )
 
     def read(self, size: int, /) -> bytes:
@@ -191,7 +195,7 @@ class _Frames:
 
     def check_end(self) -> None:
         """The decompressor wants no more: right only between two frames, and with nothing behind them."""
-        while self.read(PIECE):
+        while self.read(INPUT):
             pass
         if not self._between_frames:
             raise ImageError(f"{self._what}: zstd data end early")

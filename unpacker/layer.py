@@ -38,9 +38,16 @@ BATCH_BYTES = 256 << 20
 BATCH_FILES = 1 << 16
 """After how much a batch is made durable: so much is lost, at most, when a run is killed."""
 
-_PIPE_PIECES = 8
+METADATA_BYTES = 512 << 20
+"""Of all names, link targets and extended attributes of a layer, which are held in memory."""
+
+_XATTR_NAME = 255
+_XATTR_VALUE = 1 << 16
+"""The most that Linux takes: XATTR_NAME_MAX, XATTR_SIZE_MAX."""
+_PIPE_PIECES = 4
 _PROOF_BYTES = 256 << 20
 _PARENTS_REMEMBERED = 1 << 14
+_PARENT_LENGTH = 512
 
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
@@ -273,6 +280,7 @@ class _Reading:
         self._opaque: list[str] = []
         self._aufs_links: dict[str, Entry] = {}
         self._content_size = 0
+        self._metadata = 0
 
     def all(self, tar: TarReader) -> None:
         normal, entries, limit = self._paths.normal, self._entries, self._limits.image_entries
@@ -280,6 +288,7 @@ class _Reading:
             if count > limit:
                 raise _BeyondLimit(f"{self._what}: more than {limit} entries")
             path = normal(member.path)
+            self._hold(len(path) + len(member.target))
             if _WHITEOUT in path and self._is_reserved(path, member, tar):
                 continue
             entries.append(self._entry(path, member, tar))
@@ -312,6 +321,8 @@ class _Reading:
             Entry(path, kind, mode, uid, gid, mtime_ns, size, target, device, xattrs),
             self._policy,
         )
+        if entry.xattrs:
+            self._check_xattrs(entry)
         if kind is Kind.FILE:
             self._content_size += size
             if self._content_size > self._limits.image_unpacked:
@@ -320,6 +331,17 @@ class _Reading:
             # As _replace, at a third of its price.
             return Entry._make((*entry[:10], token, entry[11]))
         return entry
+
+    def _hold(self, size: int) -> None:
+        self._metadata += size
+        if self._metadata > METADATA_BYTES:
+            raise _BeyondLimit(f"{self._what}: more than {METADATA_BYTES} bytes of names and extended attributes")
+
+    def _check_xattrs(self, entry: Entry) -> None:
+        for name, value in entry.xattrs:
+            self._hold(len(name) + len(value))
+            if len(name.encode("utf-8", "surrogateescape")) > _XATTR_NAME or len(value) > _XATTR_VALUE:
+                raise ImageError(f"{self._what}: {entry.path!r} has an extended attribute that no system takes")
 
     def _check_target(self, path: str, target: str) -> None:
         if not target or "\0" in target or len(target.encode("utf-8", "surrogateescape")) >= self._limits.path:
@@ -394,7 +416,7 @@ class Paths:
         normal = "/".join(parts)
         if len(normal.encode("utf-8", "surrogateescape")) > self._path_limit:
             raise ImageError(f"{self._what}: {_short(path)} is longer than {self._path_limit} bytes")
-        if name not in ("", ".", ".."):
+        if name not in ("", ".", "..") and len(parent) <= _PARENT_LENGTH:
             if len(self._parents) >= _PARENTS_REMEMBERED:
                 self._parents = {"": ""}
             self._parents[parent] = normal[: len(normal) - len(name)]

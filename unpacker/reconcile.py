@@ -426,7 +426,7 @@ class _Run:
     def _failed(self, job: _Job, error: BaseException) -> Iterator[Outcome]:
         known = as_error(error)
         for action in job.actions:
-            log.error("failed", name=action.public_path, error=str(known))
+            log.info("failed", name=action.public_path, error=str(known))  # the report is where it is told
             yield Outcome(action=action, done=Done.FAILED, seconds=time.monotonic() - job.began, error=known)
 
     # -- removing -----------------------------------------------------------------------------------------------

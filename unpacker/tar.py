@@ -31,7 +31,7 @@ from unpacker.errors import ImageError
 from unpacker.limits import Limits
 
 BLOCK = 512
-PIECE = 1 << 18
+PIECE = 1 << 20
 """How much is asked of the stream at once."""
 
 _EXTENSIONS_PER_MEMBER = 16

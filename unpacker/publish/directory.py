@@ -28,6 +28,7 @@ class DirectoryPublisher:
         self._guard = threading.Lock()
         self._depth = 0
         self._held = ExitStack()
+        self._made: set[str] = set()
         self._in_transaction = False
 
     @property
@@ -52,6 +53,7 @@ class DirectoryPublisher:
         with self._guard:
             if not self._depth:
                 self._held = self._acquire(wait)
+                self._made = set()
             self._depth += 1
         try:
             yield
@@ -174,7 +176,7 @@ class DirectoryPublisher:
                 self._in_transaction = True
             try:
                 try:
-                    transaction = DirectoryTransaction(self.layout, dict(self.published()))
+                    transaction = DirectoryTransaction(self.layout, dict(self.published()), self._made)
                 except OSError as error:
                     raise posix.failure(error, f"opening a transaction on {self.path} ({message})") from error
                 try:

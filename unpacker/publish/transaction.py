@@ -52,9 +52,11 @@ class _Staged:
 class DirectoryTransaction:
     """Made, committed and closed by `DirectoryPublisher.transaction`, under the target's lock."""
 
-    def __init__(self, layout: Layout, before: dict[str, Published | Unreadable]) -> None:
-        """OSError as it comes; then nothing is left open."""
+    def __init__(self, layout: Layout, before: dict[str, Published | Unreadable], made: set[str]) -> None:
+        """`made` are the roots placed under this lock; those of this transaction are added. OSError as it comes, and
+        then nothing is left open."""
         self._layout = layout
+        self._made = made
         self._before = before
         self._name = f"publish-{os.getpid()}-{secrets.token_hex(6)}"
         self._staged: dict[tuple[str, str], _Staged] = {}
@@ -86,8 +88,8 @@ class DirectoryTransaction:
         """Composes the root (unless it exists) where nobody sees it, and completes the record. If this raises, the
         transaction is as it was before. `altered` is what the release's record says, or that of the root at hand.
 
-        A tree for a name that has this very root already asks for another one: the root is damaged. It keeps the
-        names that it has, and is never published again.
+        A tree for a name that has this very root already (and did before this run) asks for another one: the root is
+        damaged. It keeps the names that it has, and is never published again.
         """
         record = release.record
         key = (record.image_id, record.rules)
@@ -95,15 +97,16 @@ class DirectoryTransaction:
         try:
             staged = self._staged.get(key)
             root = root_path(staged.name) if staged else self._layout.root(*key)
-            if root and release.tree and not staged and isinstance(before, Published) and before.root == root:
-                damaged, root = posixpath.basename(root), None
-            else:
-                damaged = None
+            damaged = None
+            if staged is None and root is not None and release.tree is not None and root not in self._made:
+                damaged = root if isinstance(before, Published) and before.root == root else None
+            if damaged:
+                root = None
             if root is None:
                 staged = self._staged[key] = self._compose(release)
                 root = root_path(staged.name)
             if damaged:
-                self._damaged.add(damaged)
+                self._damaged.add(posixpath.basename(damaged))
             facts = staged.facts if staged else self._layout.facts(posixpath.basename(root))
         except OSError as error:
             raise posix.failure(error, f"composing the root of {record.reference} in {self._layout.path}") from error
@@ -213,6 +216,7 @@ class DirectoryTransaction:
                 os.rename(staged.temporary, staged.name, src_dir_fd=parent, dst_dir_fd=parent)
             finally:
                 os.close(parent)
+            self._made.add(root_path(staged.name))
             del self._staged[key]
 
     def _write_records(self) -> None:

@@ -47,11 +47,11 @@ class ResumingStream:
     def read(self, size: int, /) -> bytes:
         """At most `size` bytes, b"" at the end of what the registry sends."""
         if not self._rest:
-            self._rest = memoryview(self._gather(min(size, PIECE)))
-        data = bytes(self._rest[:size]) if size < len(self._rest) else self._rest.obj
-        assert isinstance(data, bytes)
-        if size >= len(self._rest) and len(data) != len(self._rest):
-            data = bytes(self._rest)
+            data = self._gather(min(size, PIECE))
+            if len(data) <= size:
+                return data  # the usual case, in which nothing is copied
+            self._rest = memoryview(data)
+        data = bytes(self._rest[:size])
         self._rest = self._rest[size:]
         return data
 

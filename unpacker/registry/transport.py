@@ -68,11 +68,13 @@ class Origin:
 class Answer:
     """A response whose body is still to be read. Usable only inside the `with` that gave it."""
 
-    def __init__(self, response: httpx.Response, what: str, *, asked: Origin, timeout: float, watch: Watch) -> None:
+    def __init__(
+        self, response: httpx.Response, what: str, asked: Origin, timeout: float, watch: Watch | None = None
+    ) -> None:
         self._response = response
         self._what = what
         self._timeout = timeout
-        self._watch = watch
+        self._watch = watch if watch is not None else Watch(timeout)
         self.status = response.status_code
         self.headers = response.headers
         self.url = response.url
@@ -223,7 +225,7 @@ class Transport:
         for _ in range(REDIRECTS + 1):
             response = self._send_once(method, target, sent, form, what)
             try:
-                answer = Answer(response, what, asked=asked, timeout=self._timeout, watch=self._watch)
+                answer = Answer(response, what, asked, self._timeout, self._watch)
                 location = response.headers.get("Location")
                 if response.status_code not in (301, 302, 303, 307, 308) or location is None:
                     yield answer

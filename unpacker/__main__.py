@@ -1,0 +1,5 @@
+"""`python -m unpacker` is `unpacker`."""
+
+from unpacker.cli import main
+
+main()
