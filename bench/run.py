@@ -257,6 +257,8 @@ def _clean_environment() -> None:
     """Forgets settings of unpacker's, so that what is measured is what it does by default."""
     for name in [name for name in os.environ if name.startswith(("UNPACKER_", "DUCC_"))]:
         del os.environ[name]
+    # An installed program has its bytecode; this one, run from the checkout, gets it with the job that is not measured.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # A proxy would not know the registry on this machine's loopback.
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 

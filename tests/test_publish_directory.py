@@ -39,6 +39,7 @@ from unpacker.tree import Directory, File, Special, Symlink, Tree  # noqa: E402
 
 IS_ROOT = os.geteuid() == 0
 ME = (os.geteuid(), os.getegid())
+UNREADABLE = 69
 
 
 @pytest.fixture(autouse=True)
@@ -551,11 +552,18 @@ def test_all_of_this_holds_for_a_user_who_is_not_root() -> None:
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if not child:
-            _run_as_nobody(["-q", "-x", "-p", "no:cacheprovider", f"--basetemp={place}/tests", *tests], output.fileno())
+            skipped = "not in_no_time and not as_long_as and not processes and not only_equal"
+            _run_as_nobody(
+                ["-q", "-x", "-k", skipped, "-p", "no:cacheprovider", f"--basetemp={place}/tests", *tests],
+                output.fileno(),
+            )
         _, status = os.waitpid(child, 0)
         output.seek(0)
         said = output.read().decode()
-    assert os.waitstatus_to_exitcode(status) == 0, said[-8000:]
+    code = os.waitstatus_to_exitcode(status)
+    if code == UNREADABLE:
+        pytest.skip("nobody cannot read this checkout: what is different for a user who is not root is not tested")
+    assert code == 0, said[-8000:]
     assert " passed" in said
 
 
@@ -573,9 +581,12 @@ def _run_as_nobody(arguments: list[str], output: int) -> None:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
+        # These know who runs them, and are to learn it anew.
+        for name in [name for name in sys.modules if name.startswith("tests.test_")]:
+            del sys.modules[name]
         for name in [name for name in os.environ if name.startswith("PYTEST_")]:
             del os.environ[name]
-        code = int(pytest.main(arguments))
+        code = int(pytest.main(arguments)) if os.access(__file__, os.R_OK) else UNREADABLE
     except BaseException:
         traceback.print_exc()
         raise

@@ -380,10 +380,11 @@ class _Run:
                     f"more than the {limits.image_entries} and {limits.image_unpacked} that the operator allows"
                 )
             if position >= known:
-                tree = apply(tree, changeset)
+                tree = apply(tree, changeset, limits)
                 self._keep_chain(keys[: position + 1], tree)
             if layer.key in self._jobs_of:
                 self._cache.put(layer, encoded)
+        self._request.publisher.room(0, entries + tree.implied)
         prepared, altered = prepare(tree, image.config, self._request.policy)
         return prepared, altered, entries
 
