@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report",),
     # acts: thin
     ("settings", "journal", "cache", "lock", "resolve", "tar", "compression", "logs"),
-    ("registry", "publish", "layer", "proposal"),
+    ("registry", "publish", "cvmfs", "layer", "proposal"),
     ("verify", "gc", "receipts"),
     # top
     ("pools",),

@@ -17,9 +17,7 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("tests.publisher_contract")
-
-from tests.publisher_contract import (  # noqa: E402
+from tests.publisher_contract import (
     MTIME,
     NAME,
     OTHER,
@@ -28,14 +26,14 @@ from tests.publisher_contract import (  # noqa: E402
     release,
     stored,
 )
-from unpacker import listing  # noqa: E402
-from unpacker.changeset import Kind  # noqa: E402
-from unpacker.contracts import Publisher  # noqa: E402
-from unpacker.errors import PublishError  # noqa: E402
-from unpacker.publish import posix  # noqa: E402
-from unpacker.publish.directory import DirectoryPublisher  # noqa: E402
-from unpacker.record import Published, Unreadable  # noqa: E402
-from unpacker.tree import Directory, File, Special, Symlink, Tree  # noqa: E402
+from unpacker import listing
+from unpacker.changeset import Kind
+from unpacker.contracts import Publisher
+from unpacker.errors import PublishError
+from unpacker.publish import posix
+from unpacker.publish.directory import DirectoryPublisher
+from unpacker.record import Published, Unreadable
+from unpacker.tree import Directory, File, Special, Symlink, Tree
 
 IS_ROOT = os.geteuid() == 0
 ME = (os.geteuid(), os.getegid())

@@ -113,13 +113,13 @@ class ObjectStore:
     def is_sound(self, name: ContentHash, suffix: str = "") -> bool:
         """Whether there is such an object and its bytes are what its name says; reads all of it."""
         try:
-            file = open(os.open(self.path(name, suffix), _OPEN), "rb", buffering=0)
+            fd = os.open(self.path(name, suffix), _OPEN)
         except FileNotFoundError:
             self._check_there()
             return False
         except OSError as error:
             raise self._failure(error, name, suffix) from error
-        with file:
+        with open(fd, "rb", buffering=0) as file:
             try:
                 return ContentHash.of_stream(file, name.algorithm) == name
             except OSError as error:

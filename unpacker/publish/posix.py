@@ -17,7 +17,7 @@ from typing import NamedTuple
 from unpacker.changeset import Kind, Xattrs
 from unpacker.digest import Stream
 from unpacker.errors import IntegrityError, PublishError
-from unpacker.tree import Directory, File, Node, Symlink, Tree
+from unpacker.tree import Directory, File, Node, Special, Symlink, Tree
 
 PIECE = 1 << 20
 """Bytes handled at once of what is too large to be held whole; a piece of zeros only becomes a hole."""
@@ -258,20 +258,18 @@ def _write_children(
     below: list[tuple[str, Directory]] = []
     children: dict[str, Node] = directory.children
     for name, node in children.items():
-        kind = type(node)
-        if kind is File:
-            length: int = node.size  # type: ignore[union-attr]
-            if length:
-                link(node, name, fd)  # type: ignore[arg-type]
-                size += length
+        if type(node) is File:
+            if node.size:
+                link(node, name, fd)
+                size += node.size
             else:
-                _write_empty(node, name, fd, born)  # type: ignore[arg-type]
+                _write_empty(node, name, fd, born)
         elif isinstance(node, Directory):
             below.append((name, node))
         elif isinstance(node, Symlink):
             os.symlink(node.target, name, dir_fd=fd)
             _set_link_metadata(node, name, fd, born)
-        elif node.kind == Kind.FIFO:  # type: ignore[union-attr]
+        elif isinstance(node, Special) and node.kind is Kind.FIFO:
             os.mkfifo(name, 0o600, dir_fd=fd)
             os.chmod(name, node.mode, dir_fd=fd)
             _set_link_metadata(node, name, fd, born)
