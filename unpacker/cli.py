@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -368,7 +369,7 @@ def gc(
 
     settings = _settings(config, target=target, state=state, grace_days=grace, lock_wait=lock_wait)
     publisher = assembly.publisher(settings)
-    with publisher.lock(settings.lock_wait):
+    with nullcontext() if dry_run else publisher.lock(settings.lock_wait):
         found = collect(publisher, grace=settings.grace_days * 86_400, now=time.time(), dry_run=dry_run)
     if not dry_run:
         prune(assembly.state(settings), unused_for=90 * 86_400)

@@ -18,11 +18,11 @@ from unpacker.publish import posix
 from unpacker.publish.directory import DirectoryPublisher
 from unpacker.publish.layout import (
     FLAT,
+    LOCK,
     METADATA,
     POOL,
     ROOTS,
     TRASH,
-    TXN,
     UNREFERENCED,
     Layout,
     root_path,
@@ -139,12 +139,10 @@ def _modified(layout: Layout, path: str) -> float:
 
 
 def _file_system_time(layout: Layout) -> int:
-    # The clock of the file system, which may be another machine's, as the change times of files show it.
-    path = f"{layout.path}/{TXN}/now"
-    os.close(os.open(path, posix.CREATE_FLAGS, 0o600))
-    time = os.stat(path).st_ctime_ns
-    os.unlink(path)
-    return time
+    # The clock of the file system, which may be another machine's, as the change times of files show it. Asked of a
+    # file that exists: on a full disk there may be no inode for another one.
+    os.chmod(f"{layout.path}/{LOCK}", 0o644)
+    return os.stat(f"{layout.path}/{LOCK}").st_ctime_ns
 
 
 def _delete_root(layout: Layout, name: str) -> None:

@@ -37,7 +37,8 @@ _TABLES = (
     "CREATE TABLE chunks (md5path_1 INTEGER, md5path_2 INTEGER, offset INTEGER, size INTEGER, hash BLOB,"
     " CONSTRAINT pk_chunks PRIMARY KEY (md5path_1, md5path_2, offset, size),"
     " FOREIGN KEY (md5path_1, md5path_2) REFERENCES catalog (md5path_1, md5path_2))",
-    "CREATE TABLE nested_catalogs (path TEXT, sha1 TEXT, size INTEGER, CONSTRAINT pk_nested_catalogs PRIMARY KEY (path))",
+    "CREATE TABLE nested_catalogs (path TEXT, sha1 TEXT, size INTEGER,"
+    " CONSTRAINT pk_nested_catalogs PRIMARY KEY (path))",
     "CREATE TABLE bind_mountpoints (path TEXT, sha1 TEXT, size INTEGER,"
     " CONSTRAINT pk_bind_mountpoints PRIMARY KEY (path))",
     "CREATE TABLE statistics (counter TEXT, value INTEGER, CONSTRAINT pk_statistics PRIMARY KEY (counter))",
@@ -192,7 +193,7 @@ class Catalog:
 
     def insert(self, rows: Iterable[tuple[tuple[int, int], tuple[int, int], Row]]) -> None:
         """Adds many rows, each with its own key and its parent's, in the order in which listings shall read them."""
-        self._insert(self._db, ((*own, *parent, *row) for own, parent, row in rows))
+        self._insert(self._db, (_bound_row(*own, *parent, *row) for own, parent, row in rows))
         self._db.execute(_INDEX)
 
     def insert_chunks(self, chunks: Iterable[tuple[tuple[int, int], Chunk]]) -> None:
@@ -269,9 +270,9 @@ class Catalog:
         for statement in _TABLES:
             fresh.execute(statement)
         with self._reading():
-            self._insert(
-                fresh, self._db.execute(f"SELECT {', '.join(_KEYS)}, {self._selection} FROM catalog ORDER BY rowid")
-            )
+            columns = f"{', '.join(_KEYS)}, {self._selection}"
+            rows = self._db.execute(f"SELECT {columns} FROM catalog ORDER BY rowid")
+            self._insert(fresh, (_bound_row(*row) for row in rows))
             for table, columns in (
                 ("properties", ("key", "value")),
                 ("chunks", ("md5path_1", "md5path_2", "offset", "size", "hash")),
@@ -283,7 +284,10 @@ class Catalog:
                 fresh.executemany(
                     f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})",
                     (
-                        [_bound("name", v) if column == "path" else v for column, v in zip(columns, values, strict=True)]
+                        [
+                            _bound("name", v) if column == "path" else v
+                            for column, v in zip(columns, values, strict=True)
+                        ]
                         for values in self._db.execute(f"SELECT {', '.join(columns)} FROM {table} ORDER BY rowid")
                     ),
                 )
@@ -300,19 +304,12 @@ class Catalog:
     @staticmethod
     def _insert(db: sqlite3.Connection, rows: Iterable[tuple[Any, ...]]) -> None:
         columns = (*_KEYS, *Row._fields)
-        at_name, at_symlink = columns.index("name"), columns.index("symlink")
-        db.executemany(
-            f"INSERT INTO catalog ({', '.join(columns)}) VALUES ({', '.join(map(_placeholder, columns))})",
-            (
-                (
-                    *row[:at_name],
-                    row[at_name].encode("utf-8", "surrogateescape"),
-                    row[at_symlink].encode("utf-8", "surrogateescape"),
-                    *row[at_symlink + 1 :],
-                )
-                for row in rows
-            ),
-        )
+        try:
+            db.executemany(
+                f"INSERT INTO catalog ({', '.join(columns)}) VALUES ({', '.join(map(_placeholder, columns))})", rows
+            )
+        except sqlite3.IntegrityError:
+            raise PublishError("two names of one tree have the same path, so no catalog can hold both") from None
 
     def _rows(self, condition: str, values: tuple[int, int]) -> Iterator[Row]:
         with self._reading():
@@ -378,3 +375,26 @@ def _placeholder(column: str) -> str:
 
 def _bound(column: str, value: Any) -> Any:
     return _bytes(value) if column in _TEXTS else value
+
+
+def _bound_row(
+    key_1: int,
+    key_2: int,
+    parent_1: int,
+    parent_2: int,
+    hardlinks: int,
+    hash: bytes | None,
+    size: int,
+    mode: int,
+    mtime: int,
+    mtimens: int | None,
+    flags: int,
+    name: str,
+    symlink: str,
+    uid: int,
+    gid: int,
+    xattr: bytes | None,
+) -> tuple[Any, ...]:
+    # Spelt out, because this runs for every file of an image.
+    own = (key_1, key_2, parent_1, parent_2, hardlinks, hash, size, mode, mtime, mtimens, flags)
+    return (*own, _bytes(name), _bytes(symlink) if symlink else b"", uid, gid, xattr)

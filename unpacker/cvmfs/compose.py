@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from unpacker.changeset import Xattrs
 from unpacker.cvmfs.catalog import Catalog, Nested
@@ -25,7 +25,7 @@ from unpacker.cvmfs.counters import NOTHING, Counters, Tally
 from unpacker.cvmfs.cuts import LARGEST, SMALLEST, cuts
 from unpacker.cvmfs.deflation import EMPTY, Compressor, dense
 from unpacker.cvmfs.hash import ContentHash
-from unpacker.cvmfs.objects import ObjectStore
+from unpacker.cvmfs.objects import ObjectBatch, ObjectStore
 from unpacker.cvmfs.row import (
     CATALOG_ROOT,
     DIRECTORY,
@@ -45,7 +45,7 @@ from unpacker.cvmfs.row import (
 from unpacker.tree import Directory, File, Node, Special, Symlink, Tree
 
 _Key = tuple[int, int]
-_N = TypeVar("_N", File, Symlink, Special, Directory)
+_N = TypeVar("_N", bound=File | Symlink | Special | Directory)
 _Names = list[tuple[bytes, str, Node]]
 
 
@@ -83,7 +83,7 @@ class Composition:
     compress: Compressor = dense
 
 
-def compose(tree: Tree, path: str, objects: ObjectStore, composition: Composition) -> Composed:
+def compose(tree: Tree, path: str, objects: ObjectStore | ObjectBatch, composition: Composition) -> Composed:
     """Stores the catalogs of a tree that will be mounted at `path`, an absolute path of the repository.
 
     The deepest come first, so that a stored catalog implies all it refers to. That the contents named by the tokens of
@@ -94,9 +94,9 @@ def compose(tree: Tree, path: str, objects: ObjectStore, composition: Compositio
     empty = objects.put(EMPTY, "")
     altered: Counter[str] = Counter()
     mounts: dict[bytes, Mount] = {}
-    top = path.encode("utf-8", "surrogateescape")
+    top = _bytes(path)
     for cut in (*cuts(_sizes(tree.root), smallest=composition.smallest, largest=composition.largest), ""):
-        at = top + b"/" + cut.encode("utf-8", "surrogateescape") if cut else top
+        at = top + b"/" + _bytes(cut) if cut else top
         directory = _directory(tree.root, cut)
         mounts[at] = _Writing(at, directory, empty, mounts, altered, composition).store(objects)
     return Composed(mount=mounts[top], altered=dict(altered), catalogs=len(mounts))
@@ -136,7 +136,7 @@ class _Writing:
         self._root = of_directory(self._holdable(directory), name, subdirectories, CATALOG_ROOT)
         self._marker = marker(self._root, empty, hidden=composition.hidden_markers)
 
-    def store(self, objects: ObjectStore) -> Mount:
+    def store(self, objects: ObjectStore | ObjectBatch) -> Mount:
         prefix = self._path.decode("utf-8", "surrogateescape")
         with Catalog.create(prefix, last_modified=self._composition.last_modified) as catalog:
             catalog.insert(self._rows())
@@ -169,7 +169,7 @@ class _Writing:
             for encoded, name, node in names:
                 path = prefix + encoded
                 own = key(path)
-                if type(node) is Directory:
+                if isinstance(node, Directory):
                     directories += 1
                     mount = mounts.get(path)
                     if mount is None:
@@ -217,7 +217,7 @@ class _Writing:
         names: _Names = []
         subdirectories = 0
         for name, node in directory.children.items():
-            encoded = name.encode("utf-8", "surrogateescape")
+            encoded = _bytes(name)
             if not _is_holdable(name, encoded):
                 self._altered["markers" if name == MARKER else "names"] += 1
             elif type(node) is Symlink and not _is_target(node.target):
@@ -236,7 +236,7 @@ class _Writing:
         if len(xattrs) == len(node.xattrs):
             return node
         self._altered["xattrs"] += 1
-        return node._replace(xattrs=xattrs)
+        return cast(_N, node._replace(xattrs=xattrs))
 
 
 def _sizes(root: Directory) -> Iterator[tuple[str, int]]:
@@ -248,9 +248,8 @@ def _sizes(root: Directory) -> Iterator[tuple[str, int]]:
         yield path, len(children)
         prefix = path + "/" if path else ""
         for name, node in children.items():
-            if type(node) is Directory and node.children:
-                if _is_holdable(name, name.encode("utf-8", "surrogateescape")):
-                    pending.append((prefix + name, node))
+            if isinstance(node, Directory) and node.children and _is_holdable(name, _bytes(name)):
+                pending.append((prefix + name, node))
 
 
 def _directory(root: Directory, path: str) -> Directory:
@@ -273,13 +272,15 @@ def _is_holdable(name: str, encoded: bytes) -> bool:
     )
 
 
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
 def _is_target(target: str) -> bool:
-    return 0 < len(target.encode("utf-8", "surrogateescape")) <= TARGET_LIMIT and "\0" not in target
+    return 0 < len(_bytes(target)) <= TARGET_LIMIT and "\0" not in target
 
 
 def _held_xattrs(xattrs: Xattrs) -> Xattrs:
     return tuple(
-        (name, value)
-        for name, value in xattrs
-        if 0 < len(name.encode("utf-8", "surrogateescape")) <= XATTR_LIMIT and len(value) <= XATTR_LIMIT
+        (name, value) for name, value in xattrs if 0 < len(_bytes(name)) <= XATTR_LIMIT and len(value) <= XATTR_LIMIT
     )[:XATTR_LIMIT]

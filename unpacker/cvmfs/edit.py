@@ -16,18 +16,16 @@ from unpacker.cvmfs.counters import NOTHING, Counters, Tally
 from unpacker.cvmfs.cuts import fans_out
 from unpacker.cvmfs.deflation import EMPTY
 from unpacker.cvmfs.hash import ContentHash
-from unpacker.cvmfs.objects import ObjectStore
+from unpacker.cvmfs.objects import ObjectBatch, ObjectStore
 from unpacker.cvmfs.reader import open_catalog
 from unpacker.cvmfs.row import (
     BIND_MOUNT_POINT,
     CATALOG_ROOT,
-    CHUNKED,
     DIRECTORY,
     MARKER,
     MOUNT_POINT,
     NAME_LIMIT,
     TARGET_LIMIT,
-    Chunk,
     Row,
     of_directory,
     of_node,
@@ -53,7 +51,7 @@ class Edited:
     written: int
 
 
-def create_root(objects: ObjectStore, composition: Composition) -> Edited:
+def create_root(objects: ObjectStore | ObjectBatch, composition: Composition) -> Edited:
     """The root catalog of an empty repository, revision 1."""
     directory = of_directory(_new_directory(composition, (0, 0)), "", 0)
     with Catalog.create("", last_modified=composition.last_modified) as catalog:
@@ -73,6 +71,7 @@ def edit(
     *,
     base: str = "",
     catalogs: Callable[[str], bool] = fans_out,
+    batch: ObjectBatch | None = None,
 ) -> Edited:
     """The root catalog in which every path of `changes` stands as it says. Their order means nothing.
 
@@ -80,9 +79,13 @@ def edit(
     images go) as nested catalogs. Such a directory that a removal left empty goes too. PublishError, with nothing of
     it visible, for the removal of what is not there, a way through what is no directory, and catalogs that this
     version must not edit. Paths are absolute; one change below another that removes or mounts is a ValueError.
+    What is stored goes into `batch`, after what is in it already, else into one of its own.
     """
     _check(changes)
-    work = _Edit(objects, root, composition, base, catalogs)
+    if batch is None:
+        with objects.batch() as own:
+            return edit(objects, root, changes, composition, base=base, catalogs=catalogs, batch=own)
+    work = _Edit(objects, batch, root, composition, base, catalogs)
     try:
         for path in sorted(changes, key=lambda path: (changes[path] is not None, path)):
             work.change(path, changes[path])
@@ -119,12 +122,14 @@ class _Edit:
     def __init__(
         self,
         objects: ObjectStore,
+        batch: ObjectBatch,
         root: ContentHash,
         composition: Composition,
         base: str,
         catalogs: Callable[[str], bool],
     ) -> None:
         self._objects = objects
+        self._batch = batch
         self._composition = composition
         self._base = base
         self._is_catalog = catalogs
@@ -185,7 +190,7 @@ class _Edit:
                     place.stored, revision=catalog.revision + 1, last_modified=self._composition.last_modified
                 )
             data = catalog.serialise()
-            hash = self._objects.put(self._composition.compress(data), "C")
+            hash = self._batch.put(self._composition.compress(data), "C")
             written += 1
             if place.above is None:
                 self._root, self._size = hash, len(data)
@@ -284,7 +289,7 @@ class _Edit:
         catalog = Catalog.create(path, last_modified=self._composition.last_modified)
         catalog.insert([])
         own = row._replace(flags=DIRECTORY | CATALOG_ROOT)
-        mark = marker(own, self._objects.put(EMPTY, ""), hidden=self._composition.hidden_markers)
+        mark = marker(own, self._batch.put(EMPTY), hidden=self._composition.hidden_markers)
         catalog.put(path, own)
         catalog.put(f"{path}/{MARKER}", mark)
         fresh = _Open(catalog, None, place, Counters())
@@ -458,4 +463,8 @@ def _check(changes: Mapping[str, Change]) -> None:
 
 
 def _is_name(name: str) -> bool:
-    return name not in ("", ".", "..", MARKER) and "\0" not in name and len(name.encode("utf-8", "surrogateescape")) <= NAME_LIMIT
+    return (
+        name not in ("", ".", "..", MARKER)
+        and "\0" not in name
+        and len(name.encode("utf-8", "surrogateescape")) <= NAME_LIMIT
+    )

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from unpacker.changeset import Kind
 from unpacker.cvmfs.catalog import Catalog, Nested
-from unpacker.cvmfs.contents import Content
 from unpacker.cvmfs.hash import ContentHash
 from unpacker.cvmfs.objects import ObjectStore
 from unpacker.cvmfs.row import (
@@ -43,7 +42,7 @@ class Found(NamedTuple):
 
 
 def open_catalog(objects: ObjectStore, hash: ContentHash, path: str, size: int | None = None) -> Catalog:
-    """The catalog stored as `hash` and mounted at `path`. PublishError unless it is one, for that path, of that size."""
+    """The catalog stored as `hash` and mounted at `path`. PublishError unless it is that, of that size."""
     what = f"catalog {hash} of {path or '/'}"
     data = objects.read(hash, "C")
     if size is not None and len(data) != size:
@@ -175,8 +174,8 @@ class Reader:
 
     @staticmethod
     def _here(catalog: Catalog, path: str, row: Row) -> Found:
-        if not row.name and path:
-            raise PublishError(f"a row without a name in {path!a}; check the repository")
+        if path and path.rpartition("/")[2] != row.name:
+            raise PublishError(f"{path!a}: its row has the name {row.name!a}; check the repository")
         chunks = catalog.chunks(path) if row.flags & CHUNKED else ()
         return Found(path, row, chunks, _reference(catalog, path) if row.flags & MOUNT_POINT else None)
 

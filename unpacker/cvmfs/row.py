@@ -12,7 +12,7 @@ from hashlib import md5
 from typing import NamedTuple
 
 from unpacker.changeset import Kind, Xattrs
-from unpacker.cvmfs.contents import Content
+from unpacker.cvmfs.contents import Content, Piece
 from unpacker.cvmfs.counters import Tally
 from unpacker.cvmfs.hash import SIZE, ContentHash
 from unpacker.errors import PublishError
@@ -42,6 +42,8 @@ XATTR_LIMIT = 255
 """Of the number of attributes, and of the bytes in a key and in a value: each count is one byte."""
 
 _TIME_LIMIT = (1 << 63) - 1
+_COMPRESSION_SHIFT = 11
+_PLAIN_TOKEN = len("z:") + 2 * SIZE
 _LINKS = 0xFFFFFFFF
 _SPECIAL_TYPES = {Kind.CHARACTER: stat.S_IFCHR, Kind.BLOCK: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO}
 _unpack_key = struct.Struct("<qq").unpack
@@ -101,7 +103,7 @@ class Row(NamedTuple):
 
 def key(path: bytes) -> tuple[int, int]:
     """The path key: MD5 of the path as two signed little-endian numbers."""
-    return _unpack_key(md5(path, usedforsecurity=False).digest())  # type: ignore[return-value]
+    return _unpack_key(md5(path, usedforsecurity=False).digest())
 
 
 def of_directory(node: Directory, name: str, subdirectories: int, flags: int = 0) -> Row:
@@ -209,6 +211,42 @@ def decode_xattrs(blob: bytes | None) -> Xattrs:
     if version != 1 or position != len(blob):
         raise PublishError("a catalog has extended attributes in a form that nobody knows; check the repository")
     return tuple(sorted(found))
+
+
+def content_of(row: Row, chunks: tuple[Chunk, ...]) -> Content:
+    """Where the bytes of a regular file are; PublishError for a row that does not say."""
+    is_compressed = not row.flags >> _COMPRESSION_SHIFT & 7
+    if row.flags & CHUNKED:
+        pieces = tuple(Piece(row.hash_of(chunk.hash), chunk.size) for chunk in chunks)
+        if not pieces:
+            raise PublishError(f"{row.name!a}: a chunked file without chunks; check the repository")
+        return Content(None, pieces, is_compressed)
+    if row.hash is None:
+        raise PublishError(f"{row.name!a}: a file without contents; check the repository")
+    return Content(row.hash_of(row.hash), (), is_compressed)
+
+
+def _content(node: File) -> tuple[bytes | None, int, tuple[Chunk, ...]]:
+    """The digest of a whole file or the chunks of another one, and the flags that say which and how."""
+    token = node.token
+    if len(token) == _PLAIN_TOKEN and token.startswith("z:"):  # nearly all
+        try:
+            return bytes.fromhex(token[2:]), FILE, ()
+        except ValueError:
+            pass  # to where it is refused
+    content = Content.parse(token)
+    if content.whole is not None:
+        return content.whole.digest, FILE | content.flags_bits, ()
+    chunks = []
+    offset = 0
+    for piece in content.chunks:
+        chunks.append(Chunk(offset, piece.size, piece.name.digest))
+        offset += piece.size
+    if offset != node.size:
+        raise PublishError(
+            f"the chunks of a file of {node.size} bytes have {offset}; delete the cache of read layers, then run again"
+        )
+    return None, FILE | content.flags_bits, tuple(chunks)
 
 
 def _time(mtime_ns: int) -> tuple[int, int]:
