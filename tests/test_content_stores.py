@@ -131,7 +131,7 @@ class TestContents:
     def test_a_stream_that_ends_early_is_an_error(self, store: ContentStore, size: int) -> None:
         with store.batch() as batch:
             good = batch.put(io.BytesIO(b"good"), 4, entry(4))
-            with pytest.raises(IntegrityError, match=f"{size} bytes ended after {size - 1}"):
+            with pytest.raises(IntegrityError, match="ended after"):
                 batch.put(io.BytesIO(b"x" * (size - 1)), size, entry(size))
         assert read(store, good) == b"good"
 

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("verify", "gc", "receipts"),
     # top
     ("pools",),
+    ("flatten",),
     ("reconcile",),
     ("progress", "assembly"),
     ("cli",),

@@ -64,9 +64,10 @@ class Resolution:
 class Rules:
     """What a decision depends on besides the wishes: who asks, under which rules, what is allowed.
 
-    `owner` is the wishlist's identity (None: none, a single image); `sound` says that it was read without fault. `rebuild` is the rules hash that
-    every root shall have, or None to leave roots of other rules alone. `removals` is False where nothing may be removed
-    (`--only`). `keep_vanished` is in days, None for ever; `vanished_since` Unix seconds by public path.
+    `owner` is the wishlist's identity (None: none, a single image); `sound` says that it was read without fault.
+    `rebuild` is the rules hash that every root shall have, or None to leave roots of other rules alone. `removals` is
+    False where nothing may be removed (`--only`). `keep_vanished` is in days, None for ever; `vanished_since` Unix
+    seconds by public path.
     """
 
     owner: str | None

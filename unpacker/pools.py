@@ -20,6 +20,8 @@ A = TypeVar("A")
 
 ASKING_THREADS = 16
 _PR_SET_PDEATHSIG = 1
+# Of glibc's malloc.h: parameters of mallopt.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
 
 class Pools:
@@ -31,6 +33,7 @@ class Pools:
 
     def __init__(self, jobs: int) -> None:
         """With one job layers are read in a thread of this process: one layer keeps a core busy by itself."""
+        _keep_memory()
         self._extra: list[ProcessPoolExecutor] = []
         self._processes = jobs > 1
         if self._processes:
@@ -75,3 +78,19 @@ def _start_worker(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _keep_memory() -> None:
+    """Lets malloc keep what pieces of layers were read into, for the next ones.
+
+    It would give each buffer back to the kernel and take new, zeroed pages for the next: a quarter of the time of
+    reading a layer. What is kept is bounded by what was in use at once, a few MB. Another libc has no mallopt.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return
+    mallopt(_M_ARENA_MAX, 1)
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+    mallopt(_M_TOP_PAD, 4 << 20)

@@ -1,4 +1,4 @@
-"""What a merge request would publish: the difference of two wishlists, looked up in the registries, without a target."""
+"""What a merge request would publish: the difference of two wishlists, looked up in registries, without a target."""
 
 from __future__ import annotations
 

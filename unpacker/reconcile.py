@@ -13,17 +13,15 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExec
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Protocol
 
-import structlog
-
-from unpacker import __version__, journal
+from unpacker import __version__, journal, logs
 from unpacker.cache import ChangesetCache
 from unpacker.changeset import Changeset
 from unpacker.contracts import Publisher, Registry, Release
 from unpacker.errors import ImageError, PublishError, RegistryError, UnpackerError, UnsafePlan
+from unpacker.flatten import Growing, Layers
 from unpacker.image import Image
-from unpacker.layer import LayerJob, read_layer
 from unpacker.limits import Limits
 from unpacker.plan import Action, Done, Outcome, Plan, Resolution, Rules, Verb, plan
 from unpacker.pools import ASKING_THREADS, Pools
@@ -32,15 +30,15 @@ from unpacker.report import status_note
 from unpacker.resolve import fetch, resolve, unreachable
 from unpacker.rootfs import Policy, prepare
 from unpacker.status import Failure
-from unpacker.tree import EMPTY, Tree, apply
+from unpacker.tree import Tree
 from unpacker.wish import Wish
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger()
+log = logs.Log()
 
-_CHAINS_KEPT = 8
 BATCH_IMAGES = 20
-BATCH_ENTRIES = 2_000_000
-"""Bounds of one transaction: a failure in it costs composing these again, one by one."""
+BATCH_ENTRIES = 200_000
+BATCH_SECONDS = 2.0
+"""Bounds of one transaction: what is ready waits so long for company, and so many trees are in memory at most."""
 
 
 class Progress(Protocol):
@@ -171,25 +169,40 @@ class _Job:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Opened:
-    """An image whose documents are at hand, and those of its changesets that the cache had."""
+    """An image whose documents are at hand: its root, if the target has it, and the changesets that the cache had."""
 
     image: Image
     root: str | None
-    cached: Mapping[str, bytes]
+    recalled: Mapping[str, Changeset]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ready:
+    """An image that nothing but the target can fail any more. `tree` is None where its root exists."""
+
+    job: _Job
+    image: Image
+    tree: Tree | None
+    altered: Mapping[str, int]
+    entries: int
+    since: float
 
 
 class _Run:
-    """One run's moving parts: what is being fetched, read, and ready to publish."""
+    """One run's moving parts: what is being opened, flattened, and ready to publish."""
 
     def __init__(self, request: Request, pools: Pools, watch: Progress) -> None:
         self._request = request
         self._pools = pools
         self._watch = watch
-        self._cache = ChangesetCache(request.state, request.policy.rules)
-        self._layers: dict[str, Future[bytes]] = {}
-        self._retried: set[str] = set()
-        self._jobs_of: dict[str, LayerJob] = {}
-        self._chains: dict[tuple[str, ...], Tree] = {}
+        self._layers = Layers(
+            pools=pools,
+            cache=ChangesetCache(request.state, request.policy.rules),
+            registry=request.registry.locator,
+            contents=request.publisher.contents,
+            policy=request.policy,
+            limits=request.limits,
+        )
 
     def carry_out(self, plan: Plan) -> Iterator[Outcome]:
         """Does a plan's actions; yields each one's outcome when it is known."""
@@ -204,195 +217,92 @@ class _Run:
     def _publish_all(self, actions: Sequence[Action]) -> Iterator[Outcome]:
         waiting = deque(_jobs(actions))
         opening: dict[Future[_Opened], _Job] = {}
-        reading: list[tuple[_Job, _Opened]] = []
+        growing: list[tuple[_Job, Growing]] = []
+        ready: list[_Ready] = []
         window = 2 * self._request.jobs + 2
-        while waiting or opening or reading:
-            while waiting and len(opening) + len(reading) < window:
+        while waiting or opening or growing or ready:
+            while waiting and len(opening) + len(growing) < window:
                 job = replace(waiting.popleft(), began=time.monotonic())
                 opening[self._pools.asking.submit(self._open, job.actions[0])] = job
-            self._wait(opening, reading)
-            for opened in [f for f in opening if f.done()]:
+            if opening or growing:
+                unread = self._layers.pending(g.image for _, g in growing)
+                patience = max(0.0, ready[0].since + BATCH_SECONDS - time.monotonic()) if ready else None
+                pending: set[Future[Any]] = {*opening, *unread}
+                wait(pending, timeout=patience, return_when=FIRST_COMPLETED)
+            for opened in [future for future in opening if future.done()]:
                 job = opening.pop(opened)
                 try:
-                    reading.append((job, opened.result()))
-                    self._start_layers(reading[-1][1])
+                    self._take(job, opened.result(), growing, ready)
                 except Exception as error:  # noqa: BLE001 - one image's failure, whatever it is, is its own
-                    if reading and reading[-1][0] is job:
-                        reading.pop()
                     yield from self._failed(job, error)
-            ready = [(job, opened) for job, opened in reading if self._is_read(opened)]
-            for batch in self._batches(ready):
-                reading = [entry for entry in reading if entry not in batch]
-                yield from self._commit(batch)
-                self._forget(reading)
+            self._layers.replace_broken(g.image for _, g in growing)
+            for job, image in list(growing):
+                try:
+                    if not image.advance():
+                        continue
+                    ready.append(self._complete(job, image))
+                except Exception as error:  # noqa: BLE001 - one image's failure, whatever it is, is its own
+                    yield from self._failed(job, error)
+                growing.remove((job, image))
+            if _is_due(ready, more_to_come=bool(waiting or opening or growing)):
+                yield from self._transact(ready)
+                ready = []
+                self._layers.forget_all_but(g.image for _, g in growing)
 
     def _open(self, action: Action) -> _Opened:
         request = self._request
         assert action.after is not None
         self._watch.working(action.public_path)
         image = fetch(action.after, request.registry, request.limits, request.may_become_public)
-        root = request.publisher.root(image.image_id, request.policy.rules)
-        if root is not None and action.public_path not in request.damaged:
-            return _Opened(image=image, root=root, cached={})
-        check = action.public_path in request.damaged
-        return _Opened(image=image, root=None, cached=self._recall(image, check=check))
+        damaged = action.public_path in request.damaged
+        root = None if damaged else request.publisher.root(image.image_id, request.policy.rules)
+        recalled = self._layers.recall(image, check=damaged) if root is None else {}
+        return _Opened(image=image, root=root, recalled=recalled)
 
-    def _recall(self, image: Image, *, check: bool) -> dict[str, bytes]:
-        """The encoded changesets that spare reading a layer: known, and every file they name is still stored."""
-        contents = self._request.publisher.contents
-        found = {}
-        for layer in image.layers:
-            changeset = self._cache.get(layer)
-            if changeset is None:
-                continue
-            tokens = {e.token for e in changeset.entries if e.token}
-            if not contents.missing(tokens, check=check):
-                found[layer.key] = changeset.encode()
-        return found
-
-    def _start_layers(self, opened: _Opened) -> None:
+    def _take(self, job: _Job, opened: _Opened, growing: list[tuple[_Job, Growing]], ready: list[_Ready]) -> None:
         if opened.root is not None:
+            ready.append(_Ready(job, opened.image, None, {}, 0, time.monotonic()))
             return
-        image = opened.image
-        new = [layer for layer in image.layers if layer.key not in self._layers and layer.key not in opened.cached]
         # What comes out of a layer is not known before it is read; three times the compressed size is usual.
-        self._request.publisher.room(3 * sum(layer.descriptor.size for layer in new), len(new))
-        for layer in image.layers:
-            if layer.key in opened.cached and layer.key not in self._layers:
-                self._layers[layer.key] = _known(opened.cached[layer.key])
-        for layer in new:
-            if layer.key in self._layers:
-                continue  # the same layer twice in one image
-            if layer.key in self._jobs_of and (again := self._cache.get(layer)) is not None:
-                # Read earlier in this run and forgotten since, to keep memory bounded.
-                self._layers[layer.key] = _known(again.encode())
-                continue
-            job = LayerJob(
-                repository=image.pinned.reference.repository,
-                layer=layer,
-                registry=self._request.registry.locator,
-                store=self._request.publisher.contents.locator,
-                policy=self._request.policy,
-                limits=self._request.limits,
-            )
-            self._jobs_of[layer.key] = job
-            self._layers[layer.key] = self._pools.layers.submit(read_layer, job)
+        unread = self._layers.unread(opened.image, opened.recalled)
+        self._request.publisher.room(3 * sum(layer.descriptor.size for layer in unread), len(unread))
+        growing.append((job, self._layers.start(opened.image, opened.recalled)))
 
-    def _wait(self, opening: Mapping[Future[_Opened], _Job], reading: Sequence[tuple[_Job, _Opened]]) -> None:
-        unread = {f for _, opened in reading for f in self._futures(opened) if not f.done()}
-        if reading and any(self._is_read(opened) for _, opened in reading):
-            return
-        pending: set[Future[Any]] = {*opening, *unread}
-        if pending:
-            wait(pending, return_when=FIRST_COMPLETED)
-        self._replace_broken(reading)
+    def _complete(self, job: _Job, image: Growing) -> _Ready:
+        self._request.publisher.room(0, image.entries + image.tree.implied)
+        tree, altered = prepare(image.tree, image.image.config, self._request.policy)
+        return _Ready(job, image.image, tree, altered, image.entries, time.monotonic())
 
-    def _replace_broken(self, reading: Sequence[tuple[_Job, _Opened]]) -> None:
-        """Reads layers again, each in a process of its own, after a process died: one of them killed it, not all."""
-        for _, opened in reading:
-            for layer in opened.image.layers if opened.root is None else ():
-                future = self._layers[layer.key]
-                broken = future.done() and isinstance(future.exception(), BrokenProcessPool)
-                if broken and layer.key not in self._retried:
-                    self._retried.add(layer.key)
-                    self._layers[layer.key] = self._pools.alone(read_layer, self._jobs_of[layer.key])
-
-    def _futures(self, opened: _Opened) -> list[Future[bytes]]:
-        return [self._layers[layer.key] for layer in opened.image.layers] if opened.root is None else []
-
-    def _is_read(self, opened: _Opened) -> bool:
-        return all(f.done() for f in self._futures(opened))
-
-    def _batches(self, ready: Sequence[tuple[_Job, _Opened]]) -> Iterator[list[tuple[_Job, _Opened]]]:
-        for start in range(0, len(ready), BATCH_IMAGES):
-            yield list(ready[start : start + BATCH_IMAGES])
-
-    def _forget(self, reading: Sequence[tuple[_Job, _Opened]]) -> None:
-        """Drops the changesets that no image in progress needs; the cache on disk has them if another one comes."""
-        needed = {layer.key for _, opened in reading for layer in opened.image.layers}
-        self._layers = {key: future for key, future in self._layers.items() if key in needed}
-
-    def _commit(self, batch: Sequence[tuple[_Job, _Opened]]) -> Iterator[Outcome]:
-        """Composes and publishes images together; if the target refuses them together, one by one."""
-        composed: list[tuple[_Job, _Opened, Tree | None, Mapping[str, int]]] = []
-        entries = 0
-        for job, opened in batch:
-            try:
-                tree, altered, count = self._compose(opened)
-            except Exception as error:  # noqa: BLE001 - one image's failure, whatever it is, is its own
-                yield from self._failed(job, error)
-                continue
-            composed.append((job, opened, tree, altered))
-            entries += count
-            if entries > BATCH_ENTRIES:
-                yield from self._transact(composed)
-                composed, entries = [], 0
-        yield from self._transact(composed)
-
-    def _transact(self, composed: Sequence[tuple[_Job, _Opened, Tree | None, Mapping[str, int]]]) -> Iterator[Outcome]:
-        if not composed:
-            return
-        names = ", ".join(a.public_path for job, *_ in composed for a in job.actions)
-        done: list[tuple[_Job, _Opened, Action, Published]] = []
+    def _transact(self, ready: Sequence[_Ready]) -> Iterator[Outcome]:
+        """Publishes images together; if the target refuses them together, one by one."""
+        names = ", ".join(a.public_path for one in ready for a in one.job.actions)
+        done: list[tuple[_Ready, Action, Published]] = []
         try:
             with self._request.publisher.transaction(f"publish {names}") as transaction:
-                for job, opened, tree, altered in composed:
-                    for action in job.actions:
-                        release = self._release(action, opened.image, tree, altered)
-                        done.append((job, opened, action, transaction.publish(release)))
+                for one in ready:
+                    tree = one.tree
+                    for action in one.job.actions:
+                        release = self._release(action, one.image, tree, one.altered)
+                        done.append((one, action, transaction.publish(release)))
                         tree = None  # the other names of this image link to the root just made
         except Exception as error:  # noqa: BLE001 - one image's failure, whatever it is, is its own
-            if len(composed) > 1:
-                for single in composed:
-                    yield from self._transact([single])
+            if len(ready) > 1:
+                for one in ready:
+                    yield from self._transact([one])
             else:
-                yield from self._failed(composed[0][0], error)
+                yield from self._failed(ready[0].job, error)
             return
-        for job, opened, action, published in done:
+        for one, action, published in done:
             what = Done.PUBLISHED if action.verb is Verb.PUBLISH else Done.UPDATED
             log.info(what.value, name=action.public_path, image=published.image_id, root=published.root)
-            self._attach(published, opened.image)
+            self._attach(published, one.image)
             yield Outcome(
                 action=action,
                 done=what,
-                seconds=time.monotonic() - job.began,
-                size=sum(layer.descriptor.size for layer in opened.image.layers if layer.key in self._jobs_of),
+                seconds=time.monotonic() - one.job.began,
+                size=sum(layer.descriptor.size for layer in one.image.layers if self._layers.was_read(layer)),
                 published=published,
             )
-
-    def _compose(self, opened: _Opened) -> tuple[Tree | None, Mapping[str, int], int]:
-        """The tree to publish (None: its root exists), what the policy altered in it, and how large it is."""
-        if opened.root is not None:
-            return None, {}, 0
-        image, limits = opened.image, self._request.limits
-        keys = tuple(layer.key for layer in image.layers)
-        known = next((n for n in range(len(keys), 0, -1) if keys[:n] in self._chains), 0)
-        tree = self._chains[keys[:known]] if known else EMPTY
-        entries = size = 0
-        for position, layer in enumerate(image.layers):
-            encoded = self._layers[layer.key].result()
-            changeset = Changeset.decode(encoded)
-            entries += len(changeset.entries)
-            size += changeset.content_size
-            if entries > limits.image_entries or size > limits.image_unpacked:
-                raise ImageError(
-                    f"{image.pinned.reference}: {entries} entries of {size} bytes in its first {position + 1} layers, "
-                    f"more than the {limits.image_entries} and {limits.image_unpacked} that the operator allows"
-                )
-            if position >= known:
-                tree = apply(tree, changeset, limits)
-                self._keep_chain(keys[: position + 1], tree)
-            if layer.key in self._jobs_of:
-                self._cache.put(layer, encoded)
-        self._request.publisher.room(0, entries + tree.implied)
-        prepared, altered = prepare(tree, image.config, self._request.policy)
-        return prepared, altered, entries
-
-    def _keep_chain(self, keys: tuple[str, ...], tree: Tree) -> None:
-        # Images of one repository mostly share all but their top layers; trees share what they do not change.
-        self._chains[keys] = tree
-        while len(self._chains) > _CHAINS_KEPT:
-            del self._chains[next(iter(self._chains))]
 
     def _release(self, action: Action, image: Image, tree: Tree | None, altered: Mapping[str, int]) -> Release:
         pinned, before = action.after, action.before
@@ -448,12 +358,6 @@ class _Run:
             yield Outcome(action=action, done=done, error=error)
 
 
-def _known(encoded: bytes) -> Future[bytes]:
-    future: Future[bytes] = Future()
-    future.set_result(encoded)
-    return future
-
-
 def exit_code(result: Result, *, sound: bool) -> int:
     """What a run comes to for who called it; the gravest matter wins."""
     failed = [o.error for o in result.outcomes if o.error is not None]
@@ -464,6 +368,14 @@ def exit_code(result: Result, *, sound: bool) -> int:
     if unreachable(result.survey.resolution):
         return RegistryError.exit_code
     return 1 if failed or result.survey.plan.unresolved or not sound else 0
+
+
+def _is_due(ready: Sequence[_Ready], *, more_to_come: bool) -> bool:
+    """Whether to publish what is ready now, or to wait for more to share the transaction with."""
+    if not ready:
+        return False
+    full = len(ready) >= BATCH_IMAGES or sum(one.entries for one in ready) >= BATCH_ENTRIES
+    return full or not more_to_come or time.monotonic() - ready[0].since >= BATCH_SECONDS
 
 
 def _jobs(actions: Sequence[Action]) -> list[_Job]:

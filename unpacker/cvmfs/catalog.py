@@ -7,7 +7,7 @@ edit would break. Columns are always named, because catalogs that were upgraded 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -68,7 +68,7 @@ class Catalog:
         self._db.text_factory = _text
         with self._reading():
             self._db.execute("PRAGMA trusted_schema = OFF")
-            (foreign,) = self._db.execute(
+            (foreign,) = self._do(
                 "SELECT count(*) FROM sqlite_master WHERE type NOT IN ('table', 'index') OR sql LIKE 'create virtual%'"
             ).fetchone()
             if foreign:
@@ -156,7 +156,7 @@ class Catalog:
     def chunks(self, path: str) -> tuple[Chunk, ...]:
         """The pieces of a chunked file in their order."""
         with self._reading():
-            found = self._db.execute(
+            found = self._do(
                 "SELECT offset, size, hash FROM chunks WHERE md5path_1 = ? AND md5path_2 = ? ORDER BY offset",
                 key(_bytes(path)),
             ).fetchall()
@@ -193,7 +193,7 @@ class Catalog:
 
     def insert(self, rows: Iterable[tuple[tuple[int, int], tuple[int, int], Row]]) -> None:
         """Adds many rows, each with its own key and its parent's, in the order in which listings shall read them."""
-        self._insert(self._db, (_bound_row(*own, *parent, *row) for own, parent, row in rows))
+        self._insert(self._db, (_bound_row(own, parent, row) for own, parent, row in rows))
         self._db.execute(_INDEX)
 
     def insert_chunks(self, chunks: Iterable[tuple[tuple[int, int], Chunk]]) -> None:
@@ -210,54 +210,50 @@ class Catalog:
         columns = [column for column in Row._fields if column != "mtimens" or self._has_nanoseconds]
         assignments = ", ".join(f"{column} = {_placeholder(column)}" for column in columns)
         values = [_bound(column, getattr(row, column)) for column in columns]
-        changed = self._db.execute(
-            f"UPDATE catalog SET {assignments} WHERE md5path_1 = ? AND md5path_2 = ?", (*values, *own)
-        )
+        changed = self._do(f"UPDATE catalog SET {assignments} WHERE md5path_1 = ? AND md5path_2 = ?", (*values, *own))
         if not changed.rowcount:
-            self._db.execute(
+            self._do(
                 f"INSERT INTO catalog ({', '.join((*_KEYS, *columns))})"
                 f" VALUES (?, ?, ?, ?, {', '.join(map(_placeholder, columns))})",
                 (*own, *parent, *values),
             )
-        self._db.execute("DELETE FROM chunks WHERE md5path_1 = ? AND md5path_2 = ?", own)
+        self._do("DELETE FROM chunks WHERE md5path_1 = ? AND md5path_2 = ?", own)
         self.insert_chunks((own, chunk) for chunk in chunks)
 
     def delete(self, path: str) -> None:
         """Takes the row of a path away, and its chunks."""
         own = key(_bytes(path))
-        self._db.execute("DELETE FROM catalog WHERE md5path_1 = ? AND md5path_2 = ?", own)
-        self._db.execute("DELETE FROM chunks WHERE md5path_1 = ? AND md5path_2 = ?", own)
+        self._do("DELETE FROM catalog WHERE md5path_1 = ? AND md5path_2 = ?", own)
+        self._do("DELETE FROM chunks WHERE md5path_1 = ? AND md5path_2 = ?", own)
 
     def attach(self, path: str, nested: Nested) -> None:
         """Names the nested catalog mounted at a path, in place of any other."""
-        self._db.execute(
+        self._do(
             "INSERT OR REPLACE INTO nested_catalogs (path, sha1, size) VALUES (CAST(? AS TEXT), ?, ?)",
             (_bytes(path), nested.hash.hex, nested.size),
         )
 
     def detach(self, path: str) -> None:
         """Forgets the nested catalog mounted at a path."""
-        self._db.execute("DELETE FROM nested_catalogs WHERE path = CAST(? AS TEXT)", (_bytes(path),))
+        self._do("DELETE FROM nested_catalogs WHERE path = CAST(? AS TEXT)", (_bytes(path),))
 
     def succeed(self, previous: ContentHash, *, revision: int, last_modified: int) -> None:
         """Makes this the next revision of the catalog that was stored as `previous`."""
         self.previous, self.revision, self.last_modified = previous, revision, last_modified
         values = {"revision": str(revision), "last_modified": str(last_modified), "previous_revision": previous.hex}
         for name, value in values.items():
-            self._db.execute("INSERT OR REPLACE INTO properties (key, value) VALUES (?, ?)", (name, value))
+            self._do("INSERT OR REPLACE INTO properties (key, value) VALUES (?, ?)", (name, value))
 
     def serialise(self) -> bytes:
         """The bytes of its file, with the counters as they are now. The same steps give the same bytes."""
         # The counters of an editable catalog are all there, so this changes values and never the order of rows.
-        self._db.executemany(
-            "UPDATE statistics SET value = ? WHERE counter = ?", ((value, name) for name, value in self.counters.rows())
-        )
+        for name, value in self.counters.rows():
+            self._do("UPDATE statistics SET value = ? WHERE counter = ?", (value, name))
         if self._db.in_transaction:
             self._db.execute("COMMIT")
-        with self._reading():
-            (rows, last) = self._db.execute("SELECT count(*), max(rowid) FROM catalog").fetchone()
-            (pages,) = self._db.execute("PRAGMA page_count").fetchone()
-            (free,) = self._db.execute("PRAGMA freelist_count").fetchone()
+        (rows, last) = self._do("SELECT count(*), max(rowid) FROM catalog").fetchone()
+        (pages,) = self._do("PRAGMA page_count").fetchone()
+        (free,) = self._do("PRAGMA freelist_count").fetchone()
         if (last or 0) - rows > rows // _WASTE or free > pages // _WASTE:
             self._rewrite()
         return self._db.serialize()
@@ -270,8 +266,12 @@ class Catalog:
         for statement in _TABLES:
             fresh.execute(statement)
         with self._reading():
-            columns = f"{', '.join(_KEYS)}, {self._selection}"
-            rows = self._db.execute(f"SELECT {columns} FROM catalog ORDER BY rowid")
+            found = self._db.execute(
+                f"SELECT {', '.join(_KEYS)}, {self._selection} FROM catalog ORDER BY rowid"
+            ).fetchall()
+            rows = [(values[:2], values[2:4], Row._make(values[4:])) for values in found]
+            for _, _, row in rows:
+                self._check(row)
             self._insert(fresh, (_bound_row(*row) for row in rows))
             for table, columns in (
                 ("properties", ("key", "value")),
@@ -315,18 +315,20 @@ class Catalog:
         with self._reading():
             found = self._db.execute(f"SELECT {self._selection} FROM catalog WHERE {condition}", values).fetchall()
         for row in map(Row._make, found):
-            if (
-                type(row.name) is not str
-                or type(row.symlink) is not str
-                or not isinstance(row.hash, bytes | None)
-                or not isinstance(row.xattr, bytes | None)
-                or not isinstance(row.mtimens, int | None)
-                or any(type(n) is not int for n in (row.hardlinks, row.size, row.mode, row.mtime, row.flags))
-                or type(row.uid) is not int
-                or type(row.gid) is not int
-            ):
-                raise PublishError(f"{self._what}: a malformed row; check the repository with cvmfs_server check")
+            self._check(row)
             yield row
+
+    def _check(self, row: Row) -> None:
+        # SQLite takes any type in any column.
+        numbers = (row.hardlinks, row.size, row.mode, row.mtime, row.flags, row.uid, row.gid)
+        if not (
+            all(type(number) is int for number in numbers)
+            and isinstance(row.mtimens, int | None)
+            and type(row.name) is type(row.symlink) is str
+            and isinstance(row.hash, bytes | None)
+            and isinstance(row.xattr, bytes | None)
+        ):
+            raise PublishError(f"{self._what}: a malformed row; check the repository with cvmfs_server check")
 
     def _nested(self, condition: str, values: tuple[bytes, ...]) -> Iterator[tuple[str, Nested]]:
         with self._reading():
@@ -343,6 +345,10 @@ class Catalog:
             return int(float(properties.get(name, default)))
         except (TypeError, ValueError, OverflowError):
             raise PublishError(f"{self._what}: the property {name} is not a number") from None
+
+    def _do(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        with self._reading():
+            return self._db.execute(statement, values)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -377,24 +383,8 @@ def _bound(column: str, value: Any) -> Any:
     return _bytes(value) if column in _TEXTS else value
 
 
-def _bound_row(
-    key_1: int,
-    key_2: int,
-    parent_1: int,
-    parent_2: int,
-    hardlinks: int,
-    hash: bytes | None,
-    size: int,
-    mode: int,
-    mtime: int,
-    mtimens: int | None,
-    flags: int,
-    name: str,
-    symlink: str,
-    uid: int,
-    gid: int,
-    xattr: bytes | None,
-) -> tuple[Any, ...]:
+def _bound_row(own: tuple[int, int], parent: tuple[int, int], row: Row) -> tuple[Any, ...]:
     # Spelt out, because this runs for every file of an image.
-    own = (key_1, key_2, parent_1, parent_2, hardlinks, hash, size, mode, mtime, mtimens, flags)
-    return (*own, _bytes(name), _bytes(symlink) if symlink else b"", uid, gid, xattr)
+    hardlinks, hash, size, mode, mtime, mtimens, flags, name, symlink, uid, gid, xattr = row
+    keys = (*own, *parent, hardlinks, hash, size, mode, mtime, mtimens, flags)
+    return (*keys, _bytes(name), _bytes(symlink) if symlink else b"", uid, gid, xattr)

@@ -33,6 +33,7 @@ EMPTY = bytes.fromhex("789c030000000001")
 PIECE = 1 << 18
 """Bytes handled at once of what is too large to be held whole."""
 
+# Level 6 would take 15 % longer for 0.5 % less; level 5 is smaller than stock in sum, though 1 % larger on sources.
 _DENSE_LEVEL = 5
 _FAST_LEVEL = 2
 _PROBED = 1 << 18

@@ -22,6 +22,7 @@ from unpacker.cvmfs.row import (
     BIND_MOUNT_POINT,
     CATALOG_ROOT,
     DIRECTORY,
+    HIDDEN,
     MARKER,
     MOUNT_POINT,
     NAME_LIMIT,
@@ -78,7 +79,7 @@ def edit(
     Missing directories on the way are made; those for which `catalogs` is true (by their path relative to `base`, where
     images go) as nested catalogs. Such a directory that a removal left empty goes too. PublishError, with nothing of
     it visible, for the removal of what is not there, a way through what is no directory, and catalogs that this
-    version must not edit. Paths are absolute; one change below another that removes or mounts is a ValueError.
+    version must not edit. Paths are absolute; one change below another that is not of a directory is a ValueError.
     What is stored goes into `batch`, after what is in it already, else into one of its own.
     """
     _check(changes)
@@ -157,6 +158,8 @@ class _Edit:
             elif isinstance(change, Mount):
                 self._mount(path, change)
             elif type(change) is Directory:
+                if not all(map(_is_name, change.children)):
+                    raise PublishError(f"{path!a} cannot be stored: a name in it is not one for a file")
                 self._set_directory(path, change)
                 pending.extend((f"{path}/{name}", node) for name, node in sorted(change.children.items(), reverse=True))
             else:
@@ -209,7 +212,7 @@ class _Edit:
         own, transition = place.catalog.row(path), above.catalog.row(path)
         assert own is not None
         assert transition is not None
-        row = own._replace(flags=own.flags & ~CATALOG_ROOT | MOUNT_POINT)
+        row = own._replace(flags=own.flags & ~CATALOG_ROOT | MOUNT_POINT | transition.flags & HIDDEN)
         above.catalog.put(path, row)
         above.count(tally(row, 0), tally(transition, 0))
         above.catalog.attach(path, nested)
@@ -227,12 +230,17 @@ class _Edit:
             raise PublishError(f"{path!a} cannot be stored: a symlink with a target of {row.size} bytes")
         place = self._enter(_parent(path))
         old = place.catalog.row(path)
-        if old is not None:
-            if old == row and place.catalog.chunks(path) == chunks:
-                return
+        gone = NOTHING
+        if old is not None and old.is_directory:
             self._remove(path)
+        elif old is not None:
+            had = place.catalog.chunks(path)
+            if old == row and had == chunks:
+                return
+            gone = tally(old, len(had))
+            self._leave_group(place, path, old)
         place.catalog.put(path, row, chunks)
-        place.count(tally(row, len(chunks)))
+        place.count(tally(row, len(chunks)), gone)
         self._touch(path)
 
     def _set_directory(self, path: str, node: Directory) -> None:
@@ -246,7 +254,7 @@ class _Edit:
         place = self._enter(path)
         own = place.catalog.row(path)
         assert own is not None
-        row = of_directory(node, own.name, 0)._replace(hardlinks=own.hardlinks, flags=own.flags, size=own.size)
+        row = _directory_row(path, node)._replace(hardlinks=own.hardlinks, flags=own.flags, size=own.size)
         if row != own:
             place.catalog.put(path, row)
             place.count(tally(row, 0), tally(own, 0))
@@ -275,7 +283,7 @@ class _Edit:
             above = place.catalog.row(parent)
             assert above is not None
             node = _new_directory(self._composition, (above.uid, above.gid))
-        row = of_directory(node, path.rpartition("/")[2], 0)
+        row = _directory_row(path, node)
         relative = self._relative(path)
         if not relative or not self._is_catalog(relative):
             place.catalog.put(path, row)
@@ -304,8 +312,7 @@ class _Edit:
             raise PublishError(f"{path!a} cannot be removed from the repository: it is not there")
         if row.flags & BIND_MOUNT_POINT:
             raise PublishError(f"{path!a} cannot be removed: it is a bind mount point of the official tools")
-        if row.hardlinks >> 32:
-            self._leave_group(place, path, row)
+        self._leave_group(place, path, row)
         for inner, inside in [*self._below(place, path, row), (path, row)]:
             if inside.flags & MOUNT_POINT:
                 self._dismount(place, inner)
@@ -345,6 +352,8 @@ class _Edit:
     def _leave_group(self, place: _Open, path: str, row: Row) -> None:
         """Hard links made by other tools: those that stay have one link less."""
         group = row.hardlinks >> 32
+        if not group:
+            return
         parent = _parent(path)
         for other in place.catalog.children(parent):
             other_path = f"{parent}/{other.name}"
@@ -445,15 +454,22 @@ def _new_directory(composition: Composition, owner: tuple[int, int]) -> Director
     return Directory(0o755, *owner, composition.last_modified * 10**9, (), {})
 
 
+def _directory_row(path: str, node: Directory) -> Row:
+    try:
+        return of_directory(node, path.rpartition("/")[2], 0)
+    except ValueError as error:
+        raise PublishError(f"{path!a} cannot be stored: {error}") from None
+
+
 def _parent(path: str) -> str:
     return path.rpartition("/")[0]
 
 
 def _check(changes: Mapping[str, Change]) -> None:
-    whole = {path for path, change in changes.items() if change is None or isinstance(change, Mount)}
+    whole = {path for path, change in changes.items() if not isinstance(change, Directory)}
     for path in changes:
-        names = path.split("/")
-        if names[0] or len(names) < 2 or any(not _is_name(name) for name in names[1:]):
+        start, *names = path.split("/")
+        if start or not names or not all(map(_is_name, names)):
             raise ValueError(f"not a path that can be changed in a repository: {path!a}")
         above = _parent(path)
         while above:

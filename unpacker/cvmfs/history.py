@@ -68,7 +68,8 @@ class History:
         """All tags, the newest revision first."""
         with self._opened() as connection:
             found = connection.execute(
-                "SELECT name, hash, size, revision, timestamp, description, branch FROM tags ORDER BY revision DESC, name"
+                "SELECT name, hash, size, revision, timestamp, description, branch FROM tags"
+                " ORDER BY revision DESC, name"
             ).fetchall()
         return [self._tag(*row) for row in found]
 
@@ -126,7 +127,14 @@ class History:
             yield connection
 
     def _tag(
-        self, name: object, root: object, size: object, revision: object, timestamp: object, text: object, branch: object
+        self,
+        name: object,
+        root: object,
+        size: object,
+        revision: object,
+        timestamp: object,
+        text: object,
+        branch: object,
     ) -> Tag:
         # Old tools left sizes and branches out.
         size, branch = size or 0, branch or ""

@@ -48,7 +48,7 @@ class Manifest:
         for line in letter.text.decode("utf-8", "surrogateescape").split("\n")[:-1]:
             if line[:1] in _KNOWN:
                 values[line[0]] = line[1:]
-            elif line:
+            elif line and line[0] != _MICRO_CATALOG:  # That of the next revision would be another one.
                 others.append(line)
         missing = [field for field in "CBRDSNXT" if field not in values]
         if missing:
@@ -104,6 +104,7 @@ def verified(data: bytes, certificate: Certificate, what: str) -> Manifest:
 
 
 _KNOWN = frozenset("CBRDSGANXHTMY")
+_MICRO_CATALOG = "L"
 
 
 def _hash(text: str, what: str) -> ContentHash:

@@ -84,9 +84,7 @@ def issue(name: str, certificate: Certificate, *, algorithm: str, days: int, now
     )
 
 
-def renew(
-    old: Whitelist, certificate: Certificate | None, *, algorithm: str, days: int, now: int
-) -> Whitelist:
+def renew(old: Whitelist, certificate: Certificate | None, *, algorithm: str, days: int, now: int) -> Whitelist:
     """The same whitelist from now on; a certificate that it does not admit yet is added."""
     fingerprints = old.fingerprints
     if certificate is not None and not old.admits(certificate):

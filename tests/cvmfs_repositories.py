@@ -1,0 +1,80 @@
+"""Small repositories for tests, made by the code under test, and the official tools where they are installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unpacker.cvmfs import objects
+from unpacker.cvmfs.catalog import Catalog
+from unpacker.cvmfs.manifest import Manifest
+from unpacker.cvmfs.repository import Repository
+from unpacker.cvmfs.transaction import Transaction, transaction
+
+NAME = "try.example.org"
+NOW = 1_790_000_000
+SWISSKNIFE = shutil.which("cvmfs_swissknife")
+needs_swissknife = pytest.mark.skipif(
+    SWISSKNIFE is None, reason="cvmfs_swissknife is not installed: the official checker has not judged"
+)
+
+
+def open_again(repository: Repository, *, spool_root: str = "/nowhere", keys: str | None = None) -> Repository:
+    """The repository as another process would open it; the official tools of this machine are not looked for."""
+    directory = repository.directory
+    return Repository.open(
+        directory, keys or f"{directory}.keys", spool_root=spool_root, configuration=f"{spool_root}/configuration"
+    )
+
+
+def next_root(repository: Repository, within: Transaction, now: int) -> tuple[Any, int]:
+    """The published tree again, stored as the next revision: its hash and its size."""
+    with Catalog.load(repository.objects.read(within.base.root, objects.CATALOG), "the root") as catalog:
+        catalog.succeed(within.base.root, revision=within.next_revision, last_modified=now)
+        data = catalog.serialise()
+    return repository.store(data, objects.CATALOG), len(data)
+
+
+def publish(repository: Repository, now: int, **arguments: Any) -> Manifest:
+    """One more revision of the same tree."""
+    with transaction(repository, now=now) as within:
+        root, size = next_root(repository, within, now)
+        return within.publish(root, size, now=now, **arguments)
+
+
+def swissknife_check(*arguments: str) -> str:
+    """What the official checker says; it must find no problem."""
+    assert SWISSKNIFE is not None
+    done = subprocess.run([SWISSKNIFE, "check", *arguments], capture_output=True, text=True, timeout=60)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "no problems found" in said, said
+    return said
+
+
+@contextmanager
+def served(directory: Path) -> Iterator[str]:
+    """The URL of a plain static web server."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=os.fspath(directory)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,180 @@
+"""The layers of one run: read at most once each, wherever they are wanted, and applied to trees as they come in.
+
+An image grows while its upper layers are still being read; images that share their lower layers share those trees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+
+from unpacker.cache import ChangesetCache
+from unpacker.changeset import Changeset
+from unpacker.contracts import ContentStore, RegistryLocator
+from unpacker.errors import ImageError
+from unpacker.image import Image, Layer
+from unpacker.layer import LayerJob, read_layer
+from unpacker.limits import Limits
+from unpacker.pools import Pools
+from unpacker.rootfs import Policy
+from unpacker.tree import EMPTY, Tree, apply
+
+_CHAINS_KEPT = 8
+
+
+class Layers:
+    """Reads layers and keeps their changesets while an image in progress needs them. For one thread, but `recall`."""
+
+    def __init__(
+        self,
+        *,
+        pools: Pools,
+        cache: ChangesetCache,
+        registry: RegistryLocator,
+        contents: ContentStore,
+        policy: Policy,
+        limits: Limits,
+    ) -> None:
+        self._pools = pools
+        self._cache = cache
+        self._registry = registry
+        self._contents = contents
+        self._policy = policy
+        self._limits = limits
+        self._reading: dict[str, Future[bytes]] = {}
+        self._changesets: dict[str, Changeset] = {}
+        self._jobs: dict[str, LayerJob] = {}
+        self._retried: set[str] = set()
+        self._chains: dict[tuple[str, ...], Tree] = {}
+
+    def recall(self, image: Image, *, check: bool = False) -> dict[str, Changeset]:
+        """The changesets that spare reading a layer: cached, and every file they name is still stored. With `check`
+        the files are read, too. Safe from any thread."""
+        found = {}
+        for layer in image.layers:
+            changeset = self._cache.get(layer)
+            if changeset is None:
+                continue
+            tokens = {entry.token for entry in changeset.entries if entry.token}
+            if not self._contents.missing(tokens, check=check):
+                found[layer.key] = changeset
+        return found
+
+    def unread(self, image: Image, recalled: Mapping[str, Changeset]) -> list[Layer]:
+        """The layers that must be read for this image."""
+        return [
+            layer
+            for layer in {layer.key: layer for layer in image.layers}.values()
+            if layer.key not in recalled and layer.key not in self._changesets and layer.key not in self._reading
+        ]
+
+    def start(self, image: Image, recalled: Mapping[str, Changeset]) -> Growing:
+        """Has the layers read that are not known, and gives the image that will grow from them."""
+        for layer in self.unread(image, recalled):
+            # Read earlier in this run and forgotten since, to keep memory bounded?
+            again = self._cache.get(layer) if layer.key in self._jobs else None
+            if again is not None:
+                self._changesets[layer.key] = again
+                continue
+            job = self._jobs[layer.key] = LayerJob(
+                repository=image.pinned.reference.repository,
+                layer=layer,
+                registry=self._registry,
+                store=self._contents.locator,
+                policy=self._policy,
+                limits=self._limits,
+            )
+            self._reading[layer.key] = self._pools.layers.submit(read_layer, job)
+        for key, changeset in recalled.items():
+            if key not in self._reading:
+                self._changesets.setdefault(key, changeset)
+        return Growing(image, self, self._limits)
+
+    def was_read(self, layer: Layer) -> bool:
+        """Whether this run read the layer, rather than know it."""
+        return layer.key in self._jobs
+
+    def pending(self, images: Iterable[Image]) -> set[Future[bytes]]:
+        """What these images wait for."""
+        futures = (self._reading.get(layer.key) for image in images for layer in image.layers)
+        return {future for future in futures if future is not None and not future.done()}
+
+    def replace_broken(self, images: Iterable[Image]) -> None:
+        """Reads layers again, each in a process of its own, after a process died: one of them killed it, not all."""
+        for image in images:
+            for layer in image.layers:
+                future = self._reading.get(layer.key)
+                if future is None or not future.done() or not isinstance(future.exception(), BrokenProcessPool):
+                    continue
+                if layer.key not in self._retried:
+                    self._retried.add(layer.key)
+                    self._reading[layer.key] = self._pools.alone(read_layer, self._jobs[layer.key])
+
+    def changeset(self, layer: Layer) -> Changeset | None:
+        """The layer's changeset, None while it is being read; raises what reading it raised."""
+        known = self._changesets.get(layer.key)
+        if known is not None:
+            return known
+        future = self._reading[layer.key]
+        if not future.done():
+            return None
+        encoded = future.result()
+        self._cache.put(layer, encoded)
+        known = self._changesets[layer.key] = Changeset.decode(encoded)
+        del self._reading[layer.key]
+        return known
+
+    def chain(self, keys: tuple[str, ...]) -> Tree | None:
+        """The tree of these layers, if an image before had them."""
+        return self._chains.get(keys)
+
+    def keep_chain(self, keys: tuple[str, ...], tree: Tree) -> None:
+        """Remembers the tree of these layers for the next images; trees share what they do not change."""
+        self._chains[keys] = tree
+        while len(self._chains) > _CHAINS_KEPT:
+            del self._chains[next(iter(self._chains))]
+
+    def forget_all_but(self, images: Iterable[Image]) -> None:
+        """Drops what no image in progress needs; the cache on disk has it if another one comes."""
+        needed = {layer.key for image in images for layer in image.layers}
+        self._changesets = {key: known for key, known in self._changesets.items() if key in needed}
+        self._reading = {key: future for key, future in self._reading.items() if key in needed}
+
+
+class Growing:
+    """An image whose layers are being applied, in order, as they come in."""
+
+    def __init__(self, image: Image, layers: Layers, limits: Limits) -> None:
+        self.image = image
+        self.tree = EMPTY
+        self.entries = 0
+        self._size = 0
+        self._applied = 0
+        self._layers = layers
+        self._limits = limits
+
+    def advance(self) -> bool:
+        """Applies what has come in; True once that is all. ImageError beyond the limits, and what reading raised."""
+        keys = tuple(layer.key for layer in self.image.layers)
+        while self._applied < len(keys):
+            changeset = self._layers.changeset(self.image.layers[self._applied])
+            if changeset is None:
+                return False
+            self._count(changeset)
+            self._applied += 1
+            known = self._layers.chain(keys[: self._applied])
+            self.tree = known if known is not None else apply(self.tree, changeset, self._limits)
+            self._layers.keep_chain(keys[: self._applied], self.tree)
+        return True
+
+    def _count(self, changeset: Changeset) -> None:
+        self.entries += len(changeset.entries)
+        self._size += changeset.content_size
+        limits = self._limits
+        if self.entries > limits.image_entries or self._size > limits.image_unpacked:
+            raise ImageError(
+                f"{self.image.pinned.reference}: {self.entries} entries of {self._size} bytes in its first "
+                f"{self._applied + 1} layers, more than the {limits.image_entries} and {limits.image_unpacked} "
+                f"that the operator allows"
+            )
