@@ -10,9 +10,8 @@ from collections import Counter
 from unpacker.cvmfs.hash import ContentHash
 from unpacker.cvmfs.objects import ObjectStore
 
-COUNTERS = (
-    ["regular", "symlink", "special", "dir", "nested", "chunked", "chunks", "file_size", "chunked_size", "xattr", "external", "external_file_size"]
-)
+COUNTERS = ("regular", "symlink", "special", "dir", "nested", "chunked", "chunks", "file_size", "chunked_size")
+COUNTERS += ("xattr", "external", "external_file_size")
 SELECTION = (
     "md5path_1, md5path_2, parent_1, parent_2, hardlinks, hash, size, mode, mtime, mtimens, flags,"
     " CAST(name AS BLOB), CAST(symlink AS BLOB), uid, gid, xattr"

@@ -39,7 +39,12 @@ def _pool(root: Path) -> ContentStore:
 
 
 def _repository(compression: str, algorithm: str) -> Callable[[Path], ContentStore]:
-    return lambda root: RepositoryContents(ObjectStore.create(str(root), algorithm), compression)
+    def opened(root: Path) -> ContentStore:
+        # Not `ObjectStore.create`: 256 directories for each test are slow to remove again.
+        (root / "data").mkdir()
+        return RepositoryContents(ObjectStore(str(root), algorithm), compression)
+
+    return opened
 
 
 STORES: dict[str, Callable[[Path], ContentStore]] = {

@@ -35,7 +35,8 @@ def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def contents(tmp_path: Path) -> RepositoryContents:
-    return RepositoryContents(ObjectStore.create(str(tmp_path)), "fast")
+    (tmp_path / "data").mkdir()
+    return RepositoryContents(ObjectStore(str(tmp_path)), "fast")
 
 
 def put(contents: RepositoryContents, data: bytes, hint: Entry = HINT) -> str:
@@ -111,10 +112,12 @@ class TestTokens:
         assert put(contents, b"hello") == put(contents, b"hello", other)
 
     def test_stock_names_a_file_as_the_official_tools_do(self, tmp_path: Path) -> None:
-        contents = RepositoryContents(ObjectStore.create(str(tmp_path)), "stock")
+        (tmp_path / "data").mkdir()
+        contents = RepositoryContents(ObjectStore(str(tmp_path)), "stock")
         assert put(contents, b"hello\n") == f"z:{hashlib.sha1(zlib.compress(b'hello' + bytes([10]))).hexdigest()}"
 
     def test_the_empty_file_is_always_there(self, contents: RepositoryContents) -> None:
+        ObjectStore.create(contents.objects.root)
         assert contents.empty == EMPTY
         assert contents.missing({EMPTY}) == set()
         assert put(contents, b"") == EMPTY

@@ -28,7 +28,8 @@ def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> ObjectStore:
-    return ObjectStore.create(str(tmp_path))
+    (tmp_path / "data").mkdir()
+    return ObjectStore(str(tmp_path))
 
 
 def test_a_small_object_that_inflates_without_end_is_refused(store: ObjectStore) -> None:

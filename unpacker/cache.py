@@ -21,6 +21,10 @@ class ChangesetCache:
     def __init__(self, directory: str, rules: str) -> None:
         self._directory = os.path.join(directory, "changesets", rules)
 
+    def has(self, layer: Layer) -> bool:
+        """Whether it is worth while to `get` it."""
+        return os.path.exists(self._path(layer))
+
     def get(self, layer: Layer) -> Changeset | None:
         """The layer's changeset if it is at hand and undamaged."""
         path = self._path(layer)

@@ -5,9 +5,10 @@ An image grows while its upper layers are still being read; images that share th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from unpacker.cache import ChangesetCache
 from unpacker.changeset import Changeset
@@ -24,7 +25,7 @@ _CHAINS_KEPT = 8
 
 
 class Layers:
-    """Reads layers and keeps their changesets while an image in progress needs them. For one thread, but `recall`."""
+    """Reads layers and keeps their changesets while an image in progress needs them. For one thread."""
 
     def __init__(
         self,
@@ -43,62 +44,62 @@ class Layers:
         self._policy = policy
         self._limits = limits
         self._reading: dict[str, Future[bytes]] = {}
+        self._recalling: dict[str, Future[Changeset | None]] = {}
         self._changesets: dict[str, Changeset] = {}
         self._jobs: dict[str, LayerJob] = {}
         self._retried: set[str] = set()
         self._chains: dict[tuple[str, ...], Tree] = {}
 
-    def recall(self, image: Image, *, check: bool = False) -> dict[str, Changeset]:
-        """The changesets that spare reading a layer: cached, and every file they name is still stored. With `check`
-        the files are read, too. Safe from any thread."""
-        found = {}
-        for layer in image.layers:
-            changeset = self._cache.get(layer)
-            if changeset is None:
-                continue
-            tokens = {entry.token for entry in changeset.entries if entry.token}
-            if not self._contents.missing(tokens, check=check):
-                found[layer.key] = changeset
-        return found
+    def start(self, image: Image, *, check: bool = False) -> Growing:
+        """Has the layers recalled that the cache knows and the others read, and gives the image that will grow from
+        them. With `check` the stored files of a recalled layer are read, too, before they count."""
+        for layer in self._unknown(image):
+            if self._cache.has(layer):
+                self._recalling[layer.key] = self._pools.asking.submit(self._recall, layer, check)
+            else:
+                self._read(layer, image)
+        return Growing(image, self, self._limits)
 
-    def unread(self, image: Image, recalled: Mapping[str, Changeset]) -> list[Layer]:
-        """The layers that must be read for this image."""
+    def compressed(self, image: Image) -> int:
+        """Bytes that would be read for this image, by what the cache knows now."""
+        return sum(layer.descriptor.size for layer in self._unknown(image) if not self._cache.has(layer))
+
+    def _unknown(self, image: Image) -> list[Layer]:
         return [
             layer
             for layer in {layer.key: layer for layer in image.layers}.values()
-            if layer.key not in recalled and layer.key not in self._changesets and layer.key not in self._reading
+            if not any(layer.key in known for known in (self._changesets, self._reading, self._recalling))
         ]
 
-    def start(self, image: Image, recalled: Mapping[str, Changeset]) -> Growing:
-        """Has the layers read that are not known, and gives the image that will grow from them."""
-        for layer in self.unread(image, recalled):
-            # Read earlier in this run and forgotten since, to keep memory bounded?
-            again = self._cache.get(layer) if layer.key in self._jobs else None
-            if again is not None:
-                self._changesets[layer.key] = again
-                continue
-            job = self._jobs[layer.key] = LayerJob(
-                repository=image.pinned.reference.repository,
-                layer=layer,
-                registry=self._registry,
-                store=self._contents.locator,
-                policy=self._policy,
-                limits=self._limits,
-            )
-            self._reading[layer.key] = self._pools.layers.submit(read_layer, job)
-        for key, changeset in recalled.items():
-            if key not in self._reading:
-                self._changesets.setdefault(key, changeset)
-        return Growing(image, self, self._limits)
+    def _recall(self, layer: Layer, check: bool) -> Changeset | None:
+        """A changeset that spares reading the layer: cached, and every file it names is still stored."""
+        changeset = self._cache.get(layer)
+        if changeset is None:
+            return None
+        tokens = {entry.token for entry in changeset.entries if entry.token}
+        return None if self._contents.missing(tokens, check=check) else changeset
+
+    def _read(self, layer: Layer, image: Image) -> None:
+        job = self._jobs[layer.key] = LayerJob(
+            repository=image.pinned.reference.repository,
+            layer=layer,
+            registry=self._registry,
+            store=self._contents.locator,
+            policy=self._policy,
+            limits=self._limits,
+        )
+        self._reading[layer.key] = self._pools.layers.submit(read_layer, job)
 
     def was_read(self, layer: Layer) -> bool:
         """Whether this run read the layer, rather than know it."""
         return layer.key in self._jobs
 
-    def pending(self, images: Iterable[Image]) -> set[Future[bytes]]:
+    def pending(self, images: Iterable[Image]) -> set[Future[Any]]:
         """What these images wait for."""
-        futures = (self._reading.get(layer.key) for image in images for layer in image.layers)
-        return {future for future in futures if future is not None and not future.done()}
+        keys = {layer.key for image in images for layer in image.layers}
+        futures: list[Future[Any]] = [f for key, f in self._reading.items() if key in keys]
+        futures += [f for key, f in self._recalling.items() if key in keys]
+        return {future for future in futures if not future.done()}
 
     def replace_broken(self, images: Iterable[Image]) -> None:
         """Reads layers again, each in a process of its own, after a process died: one of them killed it, not all."""
@@ -111,18 +112,29 @@ class Layers:
                     self._retried.add(layer.key)
                     self._reading[layer.key] = self._pools.alone(read_layer, self._jobs[layer.key])
 
-    def changeset(self, layer: Layer) -> Changeset | None:
-        """The layer's changeset, None while it is being read; raises what reading it raised."""
+    def changeset(self, layer: Layer, image: Image) -> Changeset | None:
+        """The layer's changeset, None while it is being read or recalled; raises what reading it raised."""
         known = self._changesets.get(layer.key)
         if known is not None:
             return known
-        future = self._reading[layer.key]
-        if not future.done():
-            return None
-        encoded = future.result()
-        self._cache.put(layer, encoded)
-        known = self._changesets[layer.key] = Changeset.decode(encoded)
-        del self._reading[layer.key]
+        recalled = self._recalling.get(layer.key)
+        if recalled is not None:
+            if not recalled.done():
+                return None
+            known = recalled.result()
+            del self._recalling[layer.key]
+            if known is None:
+                self._read(layer, image)
+                return None
+        else:
+            future = self._reading[layer.key]
+            if not future.done():
+                return None
+            encoded = future.result()
+            self._cache.put(layer, encoded)
+            known = Changeset.decode(encoded)
+            del self._reading[layer.key]
+        self._changesets[layer.key] = known
         return known
 
     def chain(self, keys: tuple[str, ...]) -> Tree | None:
@@ -140,6 +152,7 @@ class Layers:
         needed = {layer.key for image in images for layer in image.layers}
         self._changesets = {key: known for key, known in self._changesets.items() if key in needed}
         self._reading = {key: future for key, future in self._reading.items() if key in needed}
+        self._recalling = {key: future for key, future in self._recalling.items() if key in needed}
 
 
 class Growing:
@@ -158,7 +171,7 @@ class Growing:
         """Applies what has come in; True once that is all. ImageError beyond the limits, and what reading raised."""
         keys = tuple(layer.key for layer in self.image.layers)
         while self._applied < len(keys):
-            changeset = self._layers.changeset(self.image.layers[self._applied])
+            changeset = self._layers.changeset(self.image.layers[self._applied], self.image)
             if changeset is None:
                 return False
             self._count(changeset)

@@ -13,11 +13,10 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExec
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import Any, Protocol
 
 from unpacker import __version__, journal, logs
 from unpacker.cache import ChangesetCache
-from unpacker.changeset import Changeset
 from unpacker.contracts import Publisher, Registry, Release
 from unpacker.errors import ImageError, PublishError, RegistryError, UnpackerError, UnsafePlan
 from unpacker.flatten import Growing, Layers
@@ -169,11 +168,11 @@ class _Job:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Opened:
-    """An image whose documents are at hand: its root, if the target has it, and the changesets that the cache had."""
+    """An image whose documents are at hand, and its root, if the target has a sound one."""
 
     image: Image
     root: str | None
-    recalled: Mapping[str, Changeset]
+    damaged: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -256,17 +255,15 @@ class _Run:
         image = fetch(action.after, request.registry, request.limits, request.may_become_public)
         damaged = action.public_path in request.damaged
         root = None if damaged else request.publisher.root(image.image_id, request.policy.rules)
-        recalled = self._layers.recall(image, check=damaged) if root is None else {}
-        return _Opened(image=image, root=root, recalled=recalled)
+        return _Opened(image=image, root=root, damaged=damaged)
 
     def _take(self, job: _Job, opened: _Opened, growing: list[tuple[_Job, Growing]], ready: list[_Ready]) -> None:
         if opened.root is not None:
             ready.append(_Ready(job, opened.image, None, {}, 0, time.monotonic()))
             return
         # What comes out of a layer is not known before it is read; three times the compressed size is usual.
-        unread = self._layers.unread(opened.image, opened.recalled)
-        self._request.publisher.room(3 * sum(layer.descriptor.size for layer in unread), len(unread))
-        growing.append((job, self._layers.start(opened.image, opened.recalled)))
+        self._request.publisher.room(3 * self._layers.compressed(opened.image), len(opened.image.layers))
+        growing.append((job, self._layers.start(opened.image, check=opened.damaged)))
 
     def _complete(self, job: _Job, image: Growing) -> _Ready:
         self._request.publisher.room(0, image.entries + image.tree.implied)

@@ -103,7 +103,6 @@ class Catalog:
     def create(cls, prefix: str, *, last_modified: int) -> Catalog:
         """An empty catalog of revision 1; its first row must be that of `prefix` itself."""
         connection = _connection()
-        connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
         connection.execute("BEGIN")
         for statement in _TABLES:
             connection.execute(statement)
@@ -261,7 +260,6 @@ class Catalog:
     def _rewrite(self) -> None:
         """Copies everything into a new database of the current revision, without the gaps."""
         fresh = _connection()
-        fresh.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
         fresh.execute("BEGIN")
         for statement in _TABLES:
             fresh.execute(statement)
@@ -361,6 +359,7 @@ class Catalog:
 def _connection() -> sqlite3.Connection:
     """A database in memory, without a journal (a failed edit is thrown away whole), with every unused byte a zero."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")  # the first of all, or it does nothing
     connection.execute("PRAGMA secure_delete = ON")
     connection.execute("PRAGMA journal_mode = OFF")
     return connection

@@ -109,6 +109,7 @@ def inflated(stored: Iterable[bytes], what: str) -> Iterator[bytes]:
                 piece = stream.decompress(data, PIECE)
             except zlib.error as error:
                 raise PublishError(f"{what} is no zlib stream ({error})") from None
+            # The checksum is read after the last output was made, so nothing is pending once all input is used up.
             data = stream.unconsumed_tail
             if piece:
                 yield piece

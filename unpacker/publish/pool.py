@@ -26,6 +26,9 @@ EMPTY = sha256(b"").hexdigest()
 SMALL = 1 << 20
 """Up to this size a file is read whole and hashed before anything is written; above, hashed while written."""
 
+_LISTED_PER_TOKEN = 1000
+"""Bytes of a directory's own size that are read as soon as one of its names is looked up."""
+
 _TOKEN = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{16}")
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 # What link(2) answers where a file system (or a mount, or a policy) has no hard links for us.
@@ -123,12 +126,35 @@ class ContentPool:
         try:
             if check:
                 return {token for token in wanted if not self._is_sound(token, pool_fd)}
-            # What access(2) cannot tell counts as missing: that costs reading a layer again, nothing else.
-            return {token for token in wanted if not os.access(pool_path(token), os.F_OK, dir_fd=pool_fd)}
+            return self._absent(wanted, pool_fd)
         except OSError as error:
             raise posix.failure(error, f"checking the pool of {self._root}") from error
         finally:
             os.close(pool_fd)
+
+    @staticmethod
+    def _absent(wanted: Collection[str], pool_fd: int) -> set[str]:
+        # What access(2) cannot tell counts as missing: that costs reading a layer again, nothing else. A shard of
+        # which much is wanted is listed instead, at a tenth of the price; its size tells how long that takes.
+        shards: dict[str, list[str]] = {}
+        for token in wanted:
+            shards.setdefault(pool_path(token)[:2], []).append(token)
+        absent: set[str] = set()
+        for shard, tokens in shards.items():
+            try:
+                if os.stat(shard, dir_fd=pool_fd).st_size < _LISTED_PER_TOKEN * len(tokens):
+                    fd = os.open(shard, posix.DIRECTORY_FLAGS, dir_fd=pool_fd)
+                    try:
+                        held = set(os.listdir(fd))
+                    finally:
+                        os.close(fd)
+                    absent.update(token for token in tokens if token[2:] not in held)
+                    continue
+            except FileNotFoundError:
+                absent.update(tokens)
+                continue
+            absent.update(t for t in tokens if not os.access(pool_path(t), os.F_OK, dir_fd=pool_fd))
+        return absent
 
     @staticmethod
     def _is_sound(token: str, pool_fd: int) -> bool:
