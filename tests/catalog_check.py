@@ -53,7 +53,9 @@ def _catalog(
         wrong(f"root_prefix is {properties.get('root_prefix')!r}")
     if (properties["schema"], properties["schema_revision"]) != (b"2.5", b"7"):
         wrong("schema")
-    rows = {row[:2]: row for row in db.execute(f"SELECT {SELECTION} FROM catalog")}
+    columns = {name for _, name, *_ in db.execute("PRAGMA table_info(catalog)")}
+    selection = SELECTION if "mtimens" in columns else SELECTION.replace("mtimens", "NULL")
+    rows = {row[:2]: row for row in db.execute(f"SELECT {selection} FROM catalog")}
     types = set(db.execute("SELECT typeof(name), typeof(symlink) FROM catalog"))
     if types != {("text", "text")}:
         wrong(f"types of texts are {types}")

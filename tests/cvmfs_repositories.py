@@ -24,6 +24,7 @@ from unpacker.cvmfs.transaction import Transaction, transaction
 NAME = "try.example.org"
 NOW = 1_790_000_000
 SWISSKNIFE = shutil.which("cvmfs_swissknife")
+CVMFS2 = shutil.which("cvmfs2")
 needs_swissknife = pytest.mark.skipif(
     SWISSKNIFE is None, reason="cvmfs_swissknife is not installed: the official checker has not judged"
 )
@@ -78,3 +79,45 @@ def served(directory: Path) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def mounted(url: str, public_key: Path, directory: Path) -> Iterator[str]:
+    """Where a real client shows the repository served at `url`; its cache and its log are in `directory`."""
+    assert CVMFS2 is not None
+    cache, mount = directory / "cache", directory / "mount"
+    cache.mkdir(parents=True)
+    mount.mkdir()
+    settings = {
+        "CVMFS_SERVER_URL": url,
+        "CVMFS_HTTP_PROXY": "DIRECT",
+        "CVMFS_PUBLIC_KEY": public_key,
+        "CVMFS_CACHE_BASE": cache,
+        "CVMFS_RELOAD_SOCKETS": cache,
+        "CVMFS_SHARED_CACHE": "no",
+        "CVMFS_QUOTA_LIMIT": "500",
+        "CVMFS_CLAIM_OWNERSHIP": "no",
+        "CVMFS_USER": "root" if os.geteuid() == 0 else os.environ["USER"],
+        "CVMFS_USYSLOG": directory / "log",
+    }
+    # A client that was built and not installed has its libraries beside it.
+    library = Path(os.path.realpath(CVMFS2)).parent.parent / "lib"
+    if (library / "libcvmfs_fuse3_stub.so").exists():
+        settings["CVMFS_LIBRARY_PATH"] = library
+    (directory / "config").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+    options = f"config={directory}/config,disable_watchdog,simple_options_parsing"
+    done = subprocess.run([CVMFS2, "-o", options, NAME, str(mount)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    try:
+        yield str(mount)
+    finally:
+        subprocess.run(["fusermount3", "-u", str(mount)], check=True, timeout=60)
+
+
+def remount(directory: Path) -> None:
+    """Makes the client in `directory` take the newest revision at once."""
+    socket = directory / "cache" / NAME / f"cvmfs_io.{NAME}"
+    done = subprocess.run(
+        ["cvmfs_talk", "-p", str(socket), "remount", "sync"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

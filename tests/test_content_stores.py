@@ -38,11 +38,12 @@ def _pool(root: Path) -> ContentStore:
     return ContentPool(str(root))
 
 
-def _repository(compression: str, algorithm: str) -> Callable[[Path], ContentStore]:
+def _repository(compression: str, algorithm: str, *, index: bool = False) -> Callable[[Path], ContentStore]:
     def opened(root: Path) -> ContentStore:
         # Not `ObjectStore.create`: 256 directories for each test are slow to remove again.
         (root / "data").mkdir()
-        return RepositoryContents(ObjectStore(str(root), algorithm), compression)
+        known = f"{root.parent}/{root.name}.index" if index else None
+        return RepositoryContents(ObjectStore(str(root), algorithm), compression, known)
 
     return opened
 
@@ -52,6 +53,7 @@ STORES: dict[str, Callable[[Path], ContentStore]] = {
     "dense": _repository("dense", "sha1"),
     "fast": _repository("fast", "shake128"),
     "stock": _repository("stock", "sha1"),
+    "dense with an index": _repository("dense", "sha1", index=True),
 }
 
 

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unpacker.changeset import Entry, Kind
-from unpacker.cvmfs import chunks
+from unpacker.cvmfs import chunks, deflation
 from unpacker.cvmfs.contents import Content, ContentsLocator, Piece, RepositoryContents
 from unpacker.cvmfs.hash import ALGORITHMS, ContentHash
 from unpacker.cvmfs.objects import ObjectStore
-from unpacker.errors import IntegrityError
+from unpacker.errors import IntegrityError, PublishError
 from unpacker.publish import posix
 
 HINT = Entry("some/file", Kind.FILE)
@@ -223,3 +223,69 @@ class TestLargeFiles:
         for token, data in zip(tokens, files, strict=True):
             with contents.open(token) as stream:
                 assert stream.read(1 << 20) == data[: 1 << 20]
+
+
+class TestKnownContents:
+    """An index in a file of its own remembers which object known bytes became."""
+
+    @pytest.fixture
+    def index(self, tmp_path: Path) -> Path:
+        return tmp_path / "index"
+
+    @pytest.fixture
+    def indexed(self, contents: RepositoryContents, index: Path) -> RepositoryContents:
+        return RepositoryContents(contents.objects, "fast", str(index))
+
+    @pytest.fixture
+    def compressed(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """The sizes of what was compressed so far."""
+        sizes: list[int] = []
+        fast = deflation.fast
+
+        def counted(data: bytes) -> bytes:
+            sizes.append(len(data))
+            return fast(data)
+
+        monkeypatch.setattr(deflation, "fast", counted)
+        return sizes
+
+    @pytest.mark.parametrize("data", [b"x" * 50_000, hit_at(5 << 20, size=6 << 20)], ids=["small", "large"])
+    def test_known_bytes_are_not_compressed_again(
+        self, compressed: list[int], contents: RepositoryContents, index: Path, data: bytes
+    ) -> None:
+        first = put(RepositoryContents(contents.objects, "fast", str(index)), data)
+        before = len(compressed)
+        assert put(RepositoryContents(contents.objects, "fast", str(index)), data) == first
+        assert (len(compressed), before > 0) == (before, True)
+
+    def test_what_was_collected_is_stored_again(self, indexed: RepositoryContents) -> None:
+        token = put(indexed, b"x" * 50_000)
+        name = Content.parse(token).whole
+        assert name is not None
+        indexed.objects.discard(name)
+        assert put(indexed, b"x" * 50_000) == token
+        assert indexed.missing({token}, check=True) == set()
+
+    def test_a_batch_left_by_exception_teaches_nothing(
+        self, compressed: list[int], contents: RepositoryContents, index: Path
+    ) -> None:
+        indexed = RepositoryContents(contents.objects, "fast", str(index))
+        with pytest.raises(RuntimeError), indexed.batch() as batch:
+            batch.put(io.BytesIO(b"x" * 50_000), 50_000, HINT)
+            raise RuntimeError
+        put(indexed, b"x" * 50_000)
+        assert compressed == [50_000, 50_000]
+
+    def test_each_compression_and_algorithm_has_its_own(self, indexed: RepositoryContents, index: Path) -> None:
+        root = indexed.objects.root
+        data = bytes(range(256)) * 200
+        fast = put(indexed, data)
+        stock = put(RepositoryContents(indexed.objects, "stock", str(index)), data)
+        shake = put(RepositoryContents(ObjectStore(root, "shake128"), "fast", str(index)), data)
+        assert stock == f"z:{hashlib.sha1(zlib.compress(data)).hexdigest()}"
+        assert len({fast, stock, shake}) == 3 and shake.endswith("-shake128")
+
+    def test_a_damaged_index_is_said_with_what_to_do(self, indexed: RepositoryContents, index: Path) -> None:
+        index.write_bytes(b"no database" * 1000)
+        with pytest.raises(PublishError, match=r"index: file is not a database; delete it"):
+            put(indexed, b"x" * 50_000)

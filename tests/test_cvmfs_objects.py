@@ -92,7 +92,7 @@ class TestHashes:
 
 class TestStore:
     def test_a_new_store_has_all_directories_and_the_empty_file(self, tmp_path: Path) -> None:
-        store = ObjectStore.create(str(tmp_path / "new/repo.example.org"))
+        store = ObjectStore.create(str(tmp_path / "repo.example.org"))
         data = Path(store.root) / "data"
         assert {p.name for p in data.iterdir()} == {"txn"} | {f"{i:02x}" for i in range(256)}
         assert names(store) == {"data/e8/ec3d88b62ebf526e4e5a4ff6162a3aa48a6b78"}
@@ -138,8 +138,8 @@ class TestStore:
         rename = os.rename
 
         def renamed(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
-            order.append(target)
             rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+            order.append(target)
 
         monkeypatch.setattr(os, "rename", renamed)
         with store.batch() as batch:
@@ -224,6 +224,18 @@ class TestCompression:
             deflation.compressor("dense")
         finally:
             deflation.check_zlib.cache_clear()
+
+    @pytest.mark.parametrize("name", deflation.COMPRESSIONS)
+    def test_the_same_bytes_give_the_same_stream_in_every_process_and_thread(self, name: str) -> None:
+        program = (
+            "import hashlib, os, sys\nfrom pathlib import Path\nfrom concurrent.futures import ThreadPoolExecutor\n"
+            "from unpacker.cvmfs.deflation import compressor\n"
+            "files = [p.read_bytes() for p in sorted(Path(os.__file__).parent.glob('*.py'))[:40]]\n"
+            "with ThreadPoolExecutor(3) as pool:\n"
+            "    print(hashlib.sha1(b''.join(pool.map(compressor(sys.argv[1]), files))).hexdigest())\n"
+        )
+        runs = {subprocess.check_output([sys.executable, "-c", program, name]) for _ in range(3)}
+        assert len(runs) == 1
 
     def test_an_unknown_compression_is_refused(self) -> None:
         with pytest.raises(PublishError, match="dense, fast, stock"):

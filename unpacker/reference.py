@@ -6,6 +6,7 @@ distribution project for the registry's host. A registry is kept as written, bec
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,6 +29,9 @@ _SET = re.compile(r"\[!?(.*?)\]")
 _RANGE = re.compile(r"(.)-(.)")
 _CREDENTIALS = re.compile(r"(?:[^/]*://)?[^/]*@[^/]*/")
 _QUERY = re.compile(r"\?[^/\[\]]*[=&]")
+HOST_LIMIT = 253
+HOST_LABEL_LIMIT = 63
+"""RFC 1035, section 2.3.4; more cannot even be looked up."""
 NAME_LIMIT = 255
 LAST_PART_LIMIT = 119
 """With `:` and the longest tag or digest behind it, the last part is one file name of at most 255 bytes."""
@@ -66,6 +70,8 @@ class Repository:
         if not slash or not match or not named:
             hint = f"registry.hub.docker.com/{rest if slash else 'library/' + rest}"
             raise ValueError(f"no registry host in {text!r} (for Docker Hub write {hint})")
+        if not _may_be_host(match["host"]):
+            raise ValueError(f"no such host: {registry!r} (neither a name nor an address)")
         if match["port"] and not 0 < int(match["port"]) < 65536:
             raise ValueError(f"no such port: {registry!r}")
         if not _NAME.fullmatch(name):
@@ -94,6 +100,17 @@ class Repository:
 
     def __str__(self) -> str:
         return f"{self.registry}/{self.name}"
+
+
+def _may_be_host(host: str) -> bool:
+    """Whether what looks like an address is one, and what is a name could be in the domain name system."""
+    if host.startswith("[") or re.fullmatch(r"[0-9.]+", host):
+        try:
+            ipaddress.ip_address(host.strip("[]"))
+        except ValueError:
+            return False
+        return True
+    return len(host) <= HOST_LIMIT and all(len(label) <= HOST_LABEL_LIMIT for label in host.split("."))
 
 
 def is_loopback(registry: str) -> bool:

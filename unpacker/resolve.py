@@ -119,15 +119,15 @@ def _references(
 def _list(registry: Registry, repository: Repository) -> list[str] | UnpackerError:
     try:
         return registry.tags(repository)
-    except UnpackerError as error:
-        return error
+    except Exception as error:  # noqa: BLE001 - one repository's failure, whatever it is, is its own
+        return as_error(error)
 
 
 def _head(registry: Registry, wanted: _Wanted) -> Pinned | Unresolved:
     try:
         descriptor = registry.head(wanted.reference)
-    except UnpackerError as error:
-        return Unresolved(repository=wanted.reference.repository, reference=wanted.reference, error=error)
+    except Exception as error:  # noqa: BLE001 - one reference's failure, whatever it is, is its own
+        return Unresolved(repository=wanted.reference.repository, reference=wanted.reference, error=as_error(error))
     return Pinned(reference=wanted.reference, descriptor=descriptor, platform=wanted.platform, gpu=wanted.gpu)
 
 

@@ -65,6 +65,8 @@ class Catalog:
     def __init__(self, connection: sqlite3.Connection, what: str) -> None:
         self._db = connection
         self._what = what
+        self.size = 0
+        """Bytes of the file that it was read from; 0 for one made here."""
         self._db.text_factory = _text
         with self._reading():
             self._db.execute("PRAGMA trusted_schema = OFF")
@@ -120,10 +122,14 @@ class Catalog:
     @classmethod
     def load(cls, data: bytes, what: str) -> Catalog:
         """A catalog from the bytes of its file; `what` names it in errors."""
+        if not data:  # which deserialize takes for a lack of memory
+            raise PublishError(f"{what}: not a catalog: it is empty")
         connection = _connection()
         try:
             connection.deserialize(data)
-            return cls(connection, what)
+            catalog = cls(connection, what)
+            catalog.size = len(data)
+            return catalog
         except sqlite3.Error as error:
             connection.close()
             raise PublishError(f"{what}: not a catalog: {error}") from None

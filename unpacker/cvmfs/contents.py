@@ -12,13 +12,16 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Collection, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import NamedTuple
 
 from unpacker.changeset import Entry
 from unpacker.cvmfs import chunks, deflation
 from unpacker.cvmfs.hash import ContentHash
+from unpacker.cvmfs.known import MINIMUM as KNOWN_MINIMUM
+from unpacker.cvmfs.known import Known, KnownContents
 from unpacker.cvmfs.objects import CHUNK, ObjectBatch, ObjectStore
 from unpacker.digest import Stream
 from unpacker.errors import IntegrityError, PublishError
@@ -99,26 +102,29 @@ class ContentsLocator:
     root: str
     compression: str = "dense"
     algorithm: str = "sha1"
+    index: str | None = None
 
     def open(self) -> RepositoryContents:
-        return RepositoryContents(ObjectStore(self.root, self.algorithm), self.compression)
+        return RepositoryContents(ObjectStore(self.root, self.algorithm), self.compression, self.index)
 
 
 class RepositoryContents:
     """The ContentStore over a repository's objects; `compression` is one of `deflation.COMPRESSIONS`.
 
-    The same bytes have the same token as long as compression and hash algorithm are the same. Holds nothing open
-    between calls.
+    The same bytes have the same token as long as compression and hash algorithm are the same. `index` is a file on
+    local disk, for this repository alone, that remembers which object known bytes became (see `known`). Holds nothing
+    open between calls.
     """
 
-    def __init__(self, objects: ObjectStore, compression: str = "dense") -> None:
+    def __init__(self, objects: ObjectStore, compression: str = "dense", index: str | None = None) -> None:
         self.objects = objects
+        self._index = index
         self._compression = compression
         self._compress = deflation.compressor(compression)
 
     @property
     def locator(self) -> ContentsLocator:
-        return ContentsLocator(self.objects.root, self._compression, self.objects.algorithm)
+        return ContentsLocator(self.objects.root, self._compression, self.objects.algorithm, self._index)
 
     @property
     def empty(self) -> str:
@@ -128,8 +134,15 @@ class RepositoryContents:
     @contextmanager
     def batch(self) -> Iterator[ContentsBatch]:
         """Writes under temporary names; leaving cleanly is one sync, then all renames."""
-        with self.objects.batch() as batch:
-            yield ContentsBatch(batch, self._compress)
+        if self._index is None:
+            with self.objects.batch() as objects:
+                yield ContentsBatch(objects, self._compress, self.objects.algorithm)
+            return
+        with closing(KnownContents(self._index, self._compression, self.objects.algorithm)) as known:
+            with self.objects.batch() as objects:
+                batch = ContentsBatch(objects, self._compress, self.objects.algorithm, known)
+                yield batch
+            known.add(batch.learned)
 
     @contextmanager
     def open(self, token: str) -> Iterator[Stream]:
@@ -186,9 +199,14 @@ class ContentsBatch:
     """One scope of writing. Beyond what a Batch promises, `put` may be called from several threads at a time: it is
     compressing, outside of the interpreter's lock, that takes the time."""
 
-    def __init__(self, objects: ObjectBatch, compress: deflation.Compressor) -> None:
+    def __init__(
+        self, objects: ObjectBatch, compress: deflation.Compressor, algorithm: str, known: KnownContents | None = None
+    ) -> None:
         self._objects = objects
         self._compress = compress
+        self._algorithm = algorithm
+        self._known = known
+        self.learned: dict[bytes, Known] = {}
         self._lock = threading.Lock()
         self._written = 0
 
@@ -204,8 +222,7 @@ class ContentsBatch:
                 token = self._put_large(stream, size)
             else:
                 data = _exactly(stream, size)
-                # The empty file is the same object in every repository, whatever the compressor.
-                token = f"z:{self._objects.put(self._compress(data) if data else deflation.EMPTY).hex}"
+                token = f"z:{self._store(data, '').hex}"
         except PublishError as error:
             raise PublishError(f"storing {hint.path!r}: {error}") from error
         with self._lock:
@@ -215,12 +232,27 @@ class ContentsBatch:
     def _put_large(self, stream: Stream, size: int) -> str:
         pieces = []
         for data in chunks.cut(stream, size):
-            stored = self._compress(data)
             if len(data) == size:
                 # One chunk is no chunk.
-                return Content(self._objects.put(stored)).token
-            pieces.append(Piece(self._objects.put(stored, CHUNK), len(data)))
+                return Content(self._store(data, "")).token
+            pieces.append(Piece(self._store(data, CHUNK), len(data)))
         return Content(None, tuple(pieces)).token
+
+    def _store(self, data: bytes, suffix: str) -> ContentHash:
+        known = self._known
+        if known is None or len(data) < KNOWN_MINIMUM:
+            # The empty file is the same object in every repository, whatever the compressor.
+            return self._objects.put(self._compress(data) if data else deflation.EMPTY, suffix)
+        content = sha256(data).digest()
+        found = self.learned.get(content) or known.find(content)
+        if found is not None:
+            name = ContentHash(found.digest, self._algorithm)
+            if self._objects.holds(name, suffix, found.size):
+                return name
+        stored = self._compress(data)
+        name = self._objects.put(stored, suffix)
+        self.learned[content] = Known(name.digest, len(stored))
+        return name
 
 
 def _exactly(stream: Stream, size: int) -> bytes:

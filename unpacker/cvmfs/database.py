@@ -12,6 +12,8 @@ from unpacker.errors import PublishError
 @contextmanager
 def opened(data: bytes, what: str, tables: Sequence[str]) -> Iterator[sqlite3.Connection]:
     """A database in memory with these tables. What is wrong with its bytes is a PublishError about `what`."""
+    if not data:  # For which SQLite has no error of its own.
+        raise PublishError(f"{what} is damaged or something else: it is empty")
     connection = _connection()
     try:
         connection.deserialize(data)

@@ -90,7 +90,7 @@ def edit(
     try:
         for path in sorted(changes, key=lambda path: (changes[path] is not None, path)):
             work.change(path, changes[path])
-        work.prune()
+        work.finish()
         return work.commit()
     finally:
         work.close()
@@ -137,9 +137,9 @@ class _Edit:
         self._open: dict[str, _Open] = {}
         self._places: dict[str, _Open] = {}
         self._left: set[str] = set()
-        self._size = 0
+        self._given: dict[str, Directory] = {}
         self._root = root
-        self._opened("", Nested(root, -1), None)
+        self._size = self._opened("", Nested(root, -1), None).catalog.size
 
     def close(self) -> None:
         for place in self._open.values():
@@ -161,13 +161,19 @@ class _Edit:
                 if not all(map(_is_name, change.children)):
                     raise PublishError(f"{path!a} cannot be stored: a name in it is not one for a file")
                 self._set_directory(path, change)
+                self._given[path] = change
                 pending.extend((f"{path}/{name}", node) for name, node in sorted(change.children.items(), reverse=True))
             else:
                 assert not isinstance(change, Directory)
                 self._set(path, change)
 
-    def prune(self) -> None:
-        """Takes away the fan-out directories that removals left empty, and those that this leaves empty in turn."""
+    def finish(self) -> None:
+        """Gives directories that were asked for their own times again, after all changes in them; then takes away the
+        fan-out directories that removals left empty, and those that this leaves empty in turn."""
+        for path, directory in self._given.items():
+            row = self._row(path)
+            if row is not None and row.is_directory:
+                self._set_directory(path, directory)
         left = self._left
         while left:
             path = max(left, key=len)

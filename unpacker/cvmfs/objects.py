@@ -180,7 +180,7 @@ class ObjectStore:
     def _damaged(self, name: ContentHash, suffix: str) -> PublishError:
         return PublishError(
             f"{self._describe(name, suffix)} is damaged: its bytes are not what its name says; "
-            "run unpacker verify --repair, or restore it from a replica"
+            "run unpacker reconcile --rebuild, or restore it from a replica"
         )
 
     def _failure(self, error: OSError, name: ContentHash, suffix: str) -> PublishError:
@@ -218,7 +218,7 @@ class ObjectBatch:
         """Stores these bytes as they are, unless the repository has them."""
         name = ContentHash.of(stored, self._store.algorithm)
         path = name.object_path(suffix).removeprefix(_DATA)
-        if path in self._fresh or self._stands(path, len(stored)):
+        if self._holds(path, len(stored)):
             return name
         temporary = f"txn/{self._prefix}{next(self._count)}"
         try:
@@ -234,7 +234,13 @@ class ObjectBatch:
             self._unlink(temporary)  # Another thread was faster.
         return name
 
-    def _stands(self, path: str, size: int) -> bool:
+    def holds(self, name: ContentHash, suffix: str, size: int) -> bool:
+        """Whether the repository or this batch has such an object, of this size as stored."""
+        return self._holds(name.object_path(suffix).removeprefix(_DATA), size)
+
+    def _holds(self, path: str, size: int) -> bool:
+        if path in self._fresh:
+            return True
         try:
             own = os.stat(path, dir_fd=self._fd, follow_symlinks=False)
         except OSError:

@@ -45,6 +45,7 @@ REPLICABLE = ".cvmfs_master_replica"
 
 CATALOG_LIMIT = 1 << 30
 _CERTIFICATE_LIMIT = 1 << 16
+_DAYS_LIMIT = 3650
 _SETTINGS_VERSION = 1
 _OWN = {SETTINGS, LOCK, "data", whitelists.FILE, reflog.FILE, REPLICABLE}
 """What an unfinished `create` may have left."""
@@ -93,6 +94,7 @@ class Repository:
         Killed anywhere, the same call goes on; where a repository stands already, or anything else, it is an error.
         """
         keys.check_name(name)
+        _check_days(days)
         if compression not in COMPRESSIONS or hash not in ALGORITHMS:
             raise SettingsError(f"compression is one of {', '.join(COMPRESSIONS)}; hash one of {', '.join(ALGORITHMS)}")
         keys_directory = keys_directory or keys.default_directory(directory)
@@ -191,8 +193,7 @@ class Repository:
         It admits what it admitted, and the certificate in `keys_directory` if there is one. A whitelist that the
         master key did not sign is an error: it may admit anybody. One that is gone is made anew.
         """
-        if days < 1:
-            raise SettingsError(f"a whitelist that is good for {days} days would lock everybody out")
+        _check_days(days)
         keys.check_outside(keys_directory, self.directory)
         master = MasterKey.open(keys_directory, self.name)
         certificate = None
@@ -338,6 +339,11 @@ def _check_vacant(directory: str) -> None:
     others = sorted(set(os.listdir(directory)) - _OWN)
     if others:
         raise PublishError(f"{directory} is not empty ({others[0]!a}): give a directory of its own to the repository")
+
+
+def _check_days(days: int) -> None:
+    if not 1 <= days <= _DAYS_LIMIT:
+        raise SettingsError(f"a whitelist is good for 1 to {_DAYS_LIMIT} days, not for {days}")
 
 
 def _settings(directory: str) -> tuple[str, str] | None:

@@ -96,9 +96,10 @@ class Row(NamedTuple):
 
     def hash_of(self, digest: bytes) -> ContentHash:
         """A digest of this row or of its chunks, with the algorithm that the row names."""
-        if len(digest) != SIZE:
-            raise PublishError(f"{self.name!a}: a content hash of {len(digest)} bytes; check the repository")
-        return ContentHash.from_flags(digest, self.flags)
+        try:
+            return ContentHash.from_flags(digest, self.flags)
+        except ValueError as error:
+            raise PublishError(f"{self.name!a}: {error}; check the repository") from None
 
 
 def key(path: bytes) -> tuple[int, int]:

@@ -38,7 +38,8 @@ class Spool:
     def __init__(self, path: str) -> None:
         self.path = path
         self._flag = f"{path}/in_transaction.lock"
-        self._held: os.stat_result | None = None
+        # Open as long as the flag is up, so that the number of its inode is given to no other file.
+        self._held: int | None = None
 
     @classmethod
     def find(
@@ -71,6 +72,7 @@ class Spool:
         publishing = f"{self.path}/is_publishing.lock"
         with ExitStack() as stack:
             try:
+                files.sweep(self.path)
                 self._raise_flag(deadline)
                 stack.callback(self._lower_flag)
                 left = max(0.0, deadline - time.monotonic())
@@ -85,7 +87,7 @@ class Spool:
     def check_held(self) -> None:
         """PublishError if somebody took our flag away, which allows others in."""
         try:
-            if self._held is not None and os.path.samestat(os.lstat(self._flag), self._held):
+            if self._held is not None and os.path.samestat(os.lstat(self._flag), os.fstat(self._held)):
                 return
         except FileNotFoundError:
             pass
@@ -107,15 +109,11 @@ class Spool:
         files.replace(f"{self.path}/reflog.chksum", f"{checksum}\n".encode("ascii"))
 
     def _raise_flag(self, deadline: float) -> None:
-        temporary = f"{self._flag}.{os.getpid()}-{secrets.token_hex(6)}"
+        temporary = f"{self.path}/{files.TEMPORARY}{os.getpid()}-{secrets.token_hex(6)}"
         value = {"holder": _MARK, "host": socket.gethostname(), "pid": os.getpid(), "started": int(time.time())}
-        fd = os.open(temporary, posix.CREATE_FLAGS, 0o644)
+        self._held = os.open(temporary, posix.CREATE_FLAGS, 0o644)
         try:
-            try:
-                posix.write_all(fd, json.dumps(value).encode("ascii") + b"\n")
-                self._held = os.fstat(fd)
-            finally:
-                os.close(fd)
+            posix.write_all(self._held, json.dumps(value).encode("ascii") + b"\n")
             _give_away(temporary, self.path)
             while True:
                 try:
@@ -133,6 +131,7 @@ class Spool:
                     else:
                         time.sleep(_POLL)
         except BaseException:
+            os.close(self._held)
             self._held = None
             raise
         finally:
@@ -147,12 +146,16 @@ class Spool:
 
     def _lower_flag(self) -> None:
         held, self._held = self._held, None
+        if held is None:
+            return
         try:
             # Never one that somebody else put in its place.
-            if held is not None and os.path.samestat(os.lstat(self._flag), held):
+            if os.path.samestat(os.lstat(self._flag), os.fstat(held)):
                 os.unlink(self._flag)
         except FileNotFoundError:
             pass
+        finally:
+            os.close(held)
 
 
 def _remove(path: str) -> None:

@@ -321,7 +321,10 @@ class Client:
 
 
 def _called(repository: Repository) -> Endpoint:
-    url = httpx.URL(f"{repository.scheme}://{repository.api_host}")
+    try:
+        url = httpx.URL(f"{repository.scheme}://{repository.api_host}")
+    except httpx.InvalidURL:
+        raise RegistryError(f"{repository.registry} is no host that can be called") from None
     return Endpoint(origin=Origin.of(url), name=repository.api_name)
 
 
