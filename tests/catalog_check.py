@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 import struct
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from unpacker.cvmfs.hash import ContentHash
 from unpacker.cvmfs.objects import ObjectStore
@@ -27,6 +31,14 @@ def database(data: bytes) -> sqlite3.Connection:
     connection = sqlite3.connect(":memory:")
     connection.deserialize(data)
     return connection
+
+
+@contextmanager
+def new_store() -> Iterator[ObjectStore]:
+    """A store for many tests, because each has 256 directories; in memory where the system has that, because every
+    batch waits for the disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as path:
+        yield ObjectStore.create(f"{path}/repository")
 
 
 def check(objects: ObjectStore, root: ContentHash) -> list[str]:

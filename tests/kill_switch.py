@@ -1,13 +1,14 @@
 """Publishes into a copy of a repository again and again, dying by SIGKILL at each point in turn.
 
-    python -m tests.kill_switch REPOSITORY KEYS SPOOLS
+    python -m tests.kill_switch REPOSITORY KEYS SPOOLS STEP
 
 A point is before or after a rename, link, unlink or sync, or in the middle of a write. Copies are `REPOSITORY.<n>` and
-`SPOOLS.<n>`, numbered from 1; prints how many there are. In the last one nothing died.
+`SPOOLS.<n>`, from 1 on, STEP apart; prints the number of the last one, in which nothing died.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -56,10 +57,8 @@ def die_at(point: int) -> None:
 
 
 def main() -> None:
-    repository, keys, spools = sys.argv[1:]
-    point = 0
-    while True:
-        point += 1
+    repository, keys, spools, step = sys.argv[1:]
+    for point in itertools.count(1, int(step)):
         shutil.copytree(repository, f"{repository}.{point}")
         shutil.copytree(spools, f"{spools}.{point}")
         child = os.fork()
@@ -73,10 +72,10 @@ def main() -> None:
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         if status == 0:
-            break
+            print(point)
+            return
         if not os.WIFSIGNALED(status):
             sys.exit(f"point {point}: ended with status {status}")
-    print(point)
 
 
 if __name__ == "__main__":

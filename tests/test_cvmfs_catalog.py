@@ -98,7 +98,7 @@ def test_xattrs_of_another_form_are_refused(blob: bytes) -> None:
         decode_xattrs(blob)
 
 
-def test_a_text_in_place_of_a_null_is_not_the_root_prefix() -> None:
+def test_the_root_catalog_has_no_root_prefix() -> None:
     with Catalog.create("", last_modified=1) as made:
         made.insert([])
         assert "root_prefix" not in dict(_database(made.serialise()).execute("SELECT key, value FROM properties"))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.catalog_check import check, database
+from tests.catalog_check import check, database, new_store
 from unpacker.changeset import Change, Kind
 from unpacker.cvmfs.compose import Composed, Composition, compose
 from unpacker.cvmfs.cuts import cuts, fans_out
@@ -28,9 +26,10 @@ TOKEN = f"z:{'12' * 20}"
 PLAIN = Composition(last_modified=1_700_000_000)
 
 
-@pytest.fixture
-def objects(tmp_path: Path) -> ObjectStore:
-    return ObjectStore.create(str(tmp_path / "repository"))
+@pytest.fixture(scope="module")
+def objects() -> Iterator[ObjectStore]:
+    with new_store() as store:
+        yield store
 
 
 def file(size: int = 1, token: str = TOKEN) -> File:
@@ -118,29 +117,22 @@ _NODES = st.recursive(
 _TREES = st.builds(Directory, **_META, children=st.dictionaries(_NAMES, _NODES, max_size=5)).map(Tree)
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[ObjectStore]:
-    """One store for many examples; in memory where the system has that, because each example waits for the disk."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as path:
-        yield ObjectStore.create(f"{path}/repository")
-
-
 @settings(max_examples=60, deadline=None)
 @given(tree=_TREES, largest=st.integers(1, 8), hidden=st.booleans())
 def test_a_tree_is_read_from_its_catalogs_as_it_was_however_it_is_cut(
-    shared: ObjectStore, tree: Tree, largest: int, hidden: bool
+    objects: ObjectStore, tree: Tree, largest: int, hidden: bool
 ) -> None:
     composition = Composition(last_modified=1, smallest=1, largest=largest, hidden_markers=hidden)
-    composed = compose(tree, AT, shared, composition)
-    root = mounted(shared, composed)
-    assert read(shared, root) == bare(tree)
-    assert check(shared, root) == []
+    composed = compose(tree, AT, objects, composition)
+    root = mounted(objects, composed)
+    assert read(objects, root) == bare(tree)
+    assert check(objects, root) == []
     assert composed.altered == {}
 
 
 @settings(max_examples=30, deadline=None)
 @given(tree=_TREES, largest=st.integers(1, 8), seed=st.randoms(use_true_random=False))
-def test_the_order_in_which_a_tree_was_made_does_not_show(shared: ObjectStore, tree: Tree, largest: int, seed) -> None:  # type: ignore[no-untyped-def]
+def test_the_order_in_which_a_tree_was_made_does_not_show(objects: ObjectStore, tree: Tree, largest: int, seed) -> None:  # type: ignore[no-untyped-def]
     def shuffled(node: Node) -> Node:
         if not isinstance(node, Directory):
             return node
@@ -151,7 +143,7 @@ def test_the_order_in_which_a_tree_was_made_does_not_show(shared: ObjectStore, t
     composition = Composition(last_modified=1, smallest=1, largest=largest)
     other = shuffled(tree.root)
     assert isinstance(other, Directory)
-    assert compose(Tree(other), AT, shared, composition) == compose(tree, AT, shared, composition)
+    assert compose(Tree(other), AT, objects, composition) == compose(tree, AT, objects, composition)
 
 
 # What a catalog says.

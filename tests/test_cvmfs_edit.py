@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -14,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.catalog_check import check, database
+from tests.catalog_check import check, database, new_store
 from unpacker.changeset import Kind
 from unpacker.cvmfs import deflation
 from unpacker.cvmfs.compose import Composition, Mount, compose
@@ -30,9 +29,10 @@ NOW = Composition(last_modified=1_700_000_500)
 PLAIN_HIDDEN = Composition(last_modified=1, hidden_markers=True)
 
 
-@pytest.fixture
-def objects(tmp_path: Path) -> ObjectStore:
-    return ObjectStore.create(str(tmp_path / "repository"))
+@pytest.fixture(scope="module")
+def objects() -> Iterator[ObjectStore]:
+    with new_store() as store:
+        yield store
 
 
 @pytest.fixture
@@ -260,24 +260,18 @@ _STEPS = st.lists(
 )
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[ObjectStore]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as path:
-        yield ObjectStore.create(f"{path}/repository")
-
-
 @settings(max_examples=60, deadline=None)
 @given(steps=_STEPS, together=st.integers(1, 4))
 def test_any_sequence_of_edits_leaves_the_tree_and_the_counters_right(
-    shared: ObjectStore, steps: list[tuple[str, str, int]], together: int
+    objects: ObjectStore, steps: list[tuple[str, str, int]], together: int
 ) -> None:
-    root = create_root(shared, THEN).root
+    root = create_root(objects, THEN).root
     model: dict[str, str] = {"": "/"}
     pending: dict[str, Change] = {}
 
     def settle() -> None:
         nonlocal root, pending
-        root = edit(shared, root, pending, NOW, catalogs=lambda path: path.endswith("ns")).root
+        root = edit(objects, root, pending, NOW, catalogs=lambda path: path.endswith("ns")).root
         pending = {}
 
     for path, what, size in steps:
@@ -301,15 +295,15 @@ def test_any_sequence_of_edits_leaves_the_tree_and_the_counters_right(
             pending[path] = Directory(0o755, 0, 0, 0, (), {"in": file(size)})
         elif what == "image":
             model |= {path: "/", path + "/f": str(size)}
-            pending[path] = image(shared, path, f=file(size))
+            pending[path] = image(objects, path, f=file(size))
         else:
             pending[path] = None
             _prune(model, path.rpartition("/")[0])
             settle()
     settle()
-    found = {path: "/" if text == "//" else text for path, text in shown(shared, root).items()}
+    found = {path: "/" if text == "//" else text for path, text in shown(objects, root).items()}
     assert found == model
-    assert check(shared, root) == []
+    assert check(objects, root) == []
 
 
 def _prune(model: dict[str, str], path: str) -> None:
@@ -434,12 +428,12 @@ def judged(objects: ObjectStore, edited: Edited) -> str:
 
 
 @pytest.mark.skipif(shutil.which("cvmfs_swissknife") is None, reason="cvmfs_swissknife is not on PATH")
-def test_the_official_checker_is_content_with_a_life_of_edits(shared: ObjectStore) -> None:
-    stored = shared.put(deflation.dense(b"1234")).hex
-    pieces = [shared.put(deflation.dense(data), "P").hex for data in (b"1234", b"567")]
+def test_the_official_checker_is_content_with_a_life_of_edits(objects: ObjectStore) -> None:
+    stored = objects.put(deflation.dense(b"1234")).hex
+    pieces = [objects.put(deflation.dense(data), "P").hex for data in (b"1234", b"567")]
     content: dict[str, Node] = {
         "chunked": file()._replace(size=7, token=f"zc:{pieces[0]}@4,{pieces[1]}@3"),
-        "raw": file()._replace(size=4, token=f"n:{shared.put(b'1234').hex}"),
+        "raw": file()._replace(size=4, token=f"n:{objects.put(b'1234').hex}"),
         "\udcff'": file()._replace(size=4, token=f"z:{stored}", xattrs=(("user.a", b"\xff"),)),
         "null": Special(0o666, 0, 0, 0, (), Kind.CHARACTER, (1, 3)),
         "white": Special(0, 0, 0, 0, (), Kind.CHARACTER, (0, 0)),
@@ -449,25 +443,25 @@ def test_the_official_checker_is_content_with_a_life_of_edits(shared: ObjectStor
     }
     cut = Composition(last_modified=1, smallest=1, largest=4)
     life: list[dict[str, Change]] = [
-        {"/.flat/ab/abcd": compose(Tree(directory(**content)), "/.flat/ab/abcd", shared, cut).mount},
+        {"/.flat/ab/abcd": compose(Tree(directory(**content)), "/.flat/ab/abcd", objects, cut).mount},
         {"/registry/team/image:1": link("x"), "/.metadata/registry/team/image:1": directory(**content)},
-        {"/.flat/ab/abce": compose(Tree(directory(**content)), "/.flat/ab/abce", shared, PLAIN_HIDDEN).mount},
+        {"/.flat/ab/abce": compose(Tree(directory(**content)), "/.flat/ab/abce", objects, PLAIN_HIDDEN).mount},
         {f"/registry/team/image:{n}": link("y") for n in range(40)},
         {f"/registry/team/image:{n}": None for n in range(1, 40)},
         {"/.flat/ab/abcd/deep/a": None, "/.flat/ab/abcd/deep/g/h": link("x")},
-        {"/.flat/ab/abcd": image(shared, "/.flat/ab/abcd"), "/registry/team/image:0": directory()},
+        {"/.flat/ab/abcd": image(objects, "/.flat/ab/abcd"), "/registry/team/image:0": directory()},
         {"/.flat/ab/abcd": None, "/.flat/ab/abce": None, "/.metadata/registry/team/image:1": None},
     ]
-    edited = create_root(shared, THEN)
-    assert judged(shared, edited) == ""
+    edited = create_root(objects, THEN)
+    assert judged(objects, edited) == ""
     for changes in life:
-        edited = edit(shared, edited.root, changes, NOW)
-        assert judged(shared, edited) == ""
-        assert check(shared, edited.root) == []
+        edited = edit(objects, edited.root, changes, NOW)
+        assert judged(objects, edited) == ""
+        assert check(objects, edited.root) == []
 
 
 @pytest.mark.skipif(shutil.which("cvmfs_swissknife") is None, reason="cvmfs_swissknife is not on PATH")
-def test_the_official_checker_would_notice(shared: ObjectStore) -> None:
-    edited = edit(shared, create_root(shared, THEN).root, {"/a": directory()}, NOW)
-    root = altered(shared, edited.root, "UPDATE catalog SET hardlinks = 9 WHERE name = 'a'")
-    assert judged(shared, replace(edited, root=root)) != ""
+def test_the_official_checker_would_notice(objects: ObjectStore) -> None:
+    edited = edit(objects, create_root(objects, THEN).root, {"/a": directory()}, NOW)
+    root = altered(objects, edited.root, "UPDATE catalog SET hardlinks = 9 WHERE name = 'a'")
+    assert judged(objects, replace(edited, root=root)) != ""

@@ -29,10 +29,10 @@ from tests.cvmfs_repositories import (
     served,
     swissknife_check,
 )
-from unpacker.cvmfs import keys, objects
+from unpacker.cvmfs import keys, objects, whitelist
 from unpacker.cvmfs.catalog import Catalog
 from unpacker.cvmfs.hash import ContentHash
-from unpacker.cvmfs.keys import Certificate, PublicKey
+from unpacker.cvmfs.keys import Certificate, MasterKey, PublicKey
 from unpacker.cvmfs.manifest import Manifest
 from unpacker.cvmfs.reflog import Kind, Ref, Reflog
 from unpacker.cvmfs.repository import SETTINGS, Repository
@@ -630,7 +630,8 @@ def test_bytes_are_durable_before_anything_names_them_and_the_manifest_is_last(
 def test_killed_at_any_point_a_publish_happened_or_not_and_the_next_one_mends_the_rest(
     request: pytest.FixtureRequest, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if target == "repository" and not request.config.getoption("--torture"):
+    step = 1 if request.config.getoption("--torture") else 2
+    if target == "repository" and step > 1:
         pytest.skip("the points of a managed repository include these; --torture kills here, too")
     repository = request.getfixturevalue(target)
     monkeypatch.setattr(posix, "syncfs", lambda fd: None)
@@ -641,13 +642,13 @@ def test_killed_at_any_point_a_publish_happened_or_not_and_the_next_one_mends_th
             os.rmdir(f"{repository.directory}/data/{name}")  # Many copies follow.
     command = [sys.executable, "-m", "tests.kill_switch", repository.directory, f"{repository.directory}.keys"]
     done = subprocess.run(
-        [*command, str(tmp_path / "spool")], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+        [*command, str(tmp_path / "spool"), str(step)], cwd=Path(__file__).parent.parent, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     points = int(done.stdout)
     assert points > (40 if repository.spool else 25)
     seen = set()
-    for point in range(1, points + 1):
+    for point in range(1, points + 1, step):
         opened = open_again(
             Repository.open(f"{repository.directory}.{point}"),
             keys=f"{repository.directory}.keys",
@@ -707,6 +708,41 @@ def test_the_official_tools_read_our_tags_once_the_whitelist_is_signed_again(
         done = subprocess.run([*command, "-w", url], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert {line.split()[0] for line in done.stdout.splitlines() if line} == {"trunk", "trunk-previous", "named"}
+
+
+@needs_swissknife
+def test_a_repository_that_the_official_tools_made_and_signed_takes_our_revisions(tmp_path: Path) -> None:
+    keys_directory, directory, spool = tmp_path / "keys", tmp_path / "served", tmp_path / "spool" / NAME
+    for path in (*(directory / "data" / f"{i:02x}" for i in range(256)), directory / "data" / "txn", spool):
+        path.mkdir(parents=True)
+    now = int(time.time())
+    keys.create(str(keys_directory), NAME, now=now)
+    certificate, master = Certificate.open(str(keys_directory), NAME), MasterKey.open(str(keys_directory), NAME)
+    admitting = whitelist.issue(NAME, certificate, algorithm="sha1", days=30, now=now)
+    (directory / ".cvmfswhitelist").write_bytes(admitting.sealed(master, "sha1"))
+    common = [
+        "-t",
+        tmp_path,
+        "-r",
+        f"local,{directory}/data/txn,{directory}",
+        "-n",
+        NAME,
+        "-R",
+        spool / "reflog.chksum",
+    ]
+    made = tmp_path / "manifest"
+    signing = ["-c", keys_directory / f"{NAME}.crt", "-k", keys_directory / f"{NAME}.key", "-m", made]
+    with served(directory) as url:
+        for command in (["create", *common, "-o", made], ["sign", *common, *signing, "-u", url]):
+            done = subprocess.run([str(SWISSKNIFE), *command], capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+    opened = Repository.open(
+        str(directory), str(keys_directory), spool_root=str(tmp_path / "spool"), configuration="/nowhere"
+    )
+    assert (opened.compression, opened.manifest().revision, opened.manifest().history) == ("stock", 0, None)
+    for number in (1, 2):
+        assert publish(opened, now).revision == number
+        swissknife_check("-c", "-r", str(directory), "-R", str(spool / "reflog.chksum"))
 
 
 @pytest.mark.skipif(CVMFS2 is None or not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="no cvmfs2, or no FUSE")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-from tests.catalog_check import check, database
+from tests.catalog_check import check, database, new_store
 from unpacker.changeset import Kind, Xattrs
 from unpacker.cvmfs import deflation
 from unpacker.cvmfs.catalog import Catalog
@@ -23,9 +23,10 @@ AT = "/.flat/ab/abcd"
 PLAIN = Composition(last_modified=1)
 
 
-@pytest.fixture
-def objects(tmp_path: Path) -> ObjectStore:
-    return ObjectStore.create(str(tmp_path / "repository"))
+@pytest.fixture(scope="module")
+def objects() -> Iterator[ObjectStore]:
+    with new_store() as store:
+        yield store
 
 
 def file(token: str = f"z:{'12' * 20}", size: int = 1, xattrs: Xattrs = ()) -> File:

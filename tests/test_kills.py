@@ -66,6 +66,12 @@ def copy(source: Path, target: Path) -> Path:
     return target
 
 
+def discard(tree: Path) -> None:
+    # Images have directories without write permission, which only root can empty as they are.
+    subprocess.run(["chmod", "-R", "u+rwX", str(tree)], check=True)
+    shutil.rmtree(tree)
+
+
 def snapshot(root: Path) -> dict[str, object]:
     """Everything that can be told of a tree but inode numbers and the times that no rule sets."""
     found: dict[str, object] = {}
@@ -152,7 +158,7 @@ def test_a_killed_run_leaves_every_link_whole_and_the_next_run_converges(
         assert again.returncode == 0, f"after a kill at {point}: {again.stderr}"
         check_links(here / "target")
         assert snapshot(here / "target") == wanted, f"after a kill at {point}"
-        shutil.rmtree(here)
+        discard(here)
 
 
 @pytest.mark.timeout(1800)
@@ -175,7 +181,7 @@ def test_a_killed_gc_leaves_every_link_whole_and_the_next_gc_converges(
         again = run(0, tmp_path / "log", place.command("gc", here))
         assert again.returncode == 0, again.stderr
         assert snapshot(here / "target") == wanted, f"after a kill at {point}"
-        shutil.rmtree(here)
+        discard(here)
 
 
 def test_no_name_becomes_final_before_what_it_names_is_durable(place: Place) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from unpacker import journal
 from unpacker.contracts import Registry
-from unpacker.errors import SettingsError, WishlistError
+from unpacker.errors import PublishError, SettingsError, WishlistError
 from unpacker.image import Image
 from unpacker.publish.directory import DirectoryPublisher
 from unpacker.reconcile import Request
@@ -46,10 +46,34 @@ def publisher(settings: Settings) -> DirectoryPublisher:
     return DirectoryPublisher(target)
 
 
+def existing(settings: Settings) -> DirectoryPublisher:
+    """The target, which must be there: where nothing is, nothing can be verified, collected or removed, and a path
+    with a typing error would look like a target in the best of order."""
+    target = publisher(settings)
+    if not os.path.isdir(target.path):
+        raise PublishError(f"there is no target at {target.path}; a first `unpacker reconcile` makes it")
+    return target
+
+
+def prepare_state(settings: Settings) -> None:
+    """Makes the state directory; PublishError if nothing can be written there. Asked before a run, not after it."""
+    path = state(settings)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise PublishError(f"cannot make {path}: {error.strerror} (choose another --state)") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PublishError(f"cannot write to {path} (choose another --state, or run as the user who owns it)")
+
+
 def state(settings: Settings) -> str:
     """Where the journal and the cache of this target live."""
-    assert settings.target is not None
-    return journal.directory(settings.state_directory, settings.target)
+    return journal.directory(settings.state_directory, _place(settings))
+
+
+def _place(settings: Settings) -> str:
+    """The target by the one name that all its spellings have."""
+    return os.path.realpath(publisher(settings).path)
 
 
 def access(settings: Settings) -> Access:
@@ -87,7 +111,8 @@ def request(found: Wishlist, path: str, settings: Settings, choice: Choice) -> R
     """Everything one run needs."""
     target = publisher(settings)
     owner = None if target.keeps_owners else (os.geteuid(), os.getegid())
-    if owner is not None:
+    if owner is not None and not os.path.exists(state(settings)):
+        # Once for a target, not once a run: cron sends every line to somebody.
         print("unpacker: not root: files get the publishing user as owner, not the image's owners", file=sys.stderr)
     asked: Registry = registry(settings) if choice.layout is None else _layout(choice.layout, settings)
     damaged: frozenset[str] = frozenset()
@@ -133,8 +158,7 @@ def _attach(settings: Settings) -> Callable[[Published, Image], object] | None:
     # oras brings requests and jsonschema: a fifth of a second that only who wants receipts pays.
     from unpacker.receipts import Receipts
 
-    assert settings.target is not None
-    target = settings.target
+    target = _place(settings)
     receipts = Receipts(access(settings), repository=settings.receipts.repository)
 
     def attach(published: Published, image: Image) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import gc as cycles
+import io
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from gc import set_threshold as gc_thresholds
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -18,6 +21,7 @@ import typer
 
 from unpacker import __version__, assembly, journal, logs, report
 from unpacker.errors import SettingsError, UnpackerError, WishlistError
+from unpacker.plan import Resolution
 from unpacker.record import Published, Unreadable
 from unpacker.settings import Settings, load
 from unpacker.wishlist import Wishlist, parse
@@ -70,7 +74,15 @@ def main() -> NoReturn:
     """The entry point: runs one verb and turns every error into a message and an exit code."""
     # Trees and changesets are millions of small objects without cycles: looking for cycles in them at the usual pace
     # costs half as much time as making them.
-    gc_thresholds(500_000, 20, 20)
+    cycles.set_threshold(500_000, 20, 20)
+    atexit.register(cycles.freeze)  # nor are they looked for once more on the way out
+    # Started with one of them closed (`2>&-`), what is for it goes nowhere, and not to the other.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        # Names are bytes, and not every terminal can show every letter: neither must end a run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -80,8 +92,22 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except Stopped as stopped:
         _complain(f"stopped by {signal.Signals(stopped.number).name}")
-        sys.exit(128 + stopped.number)
+        _leave(128 + stopped.number)
+    except BrokenPipeError:
+        # Who reads has read enough (`unpacker status | head`).
+        _leave(EXIT_SOME_FAILED)
+    except OSError as error:
+        _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        _leave(EXIT_TARGET)
     sys.exit(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process without waiting for threads, which may wait for a registry that never answers."""
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -148,6 +174,7 @@ def plan(
     """Show what reconcile would do and why; changes nothing."""
     settings = _settings(config, target=target, state=state, wishlist_id=wishlist_id)
     _log(verbose=verbose, quiet=False, log_format=log_format)
+    _check_report(report_file)
     if against is not None:
         _plan_against(wishlist, against, settings, json=json, report_file=report_file)
     from unpacker.reconcile import survey
@@ -161,12 +188,13 @@ def plan(
     value = report.plan_json(surveyed.plan)
     rows = report.plan_rows(surveyed.plan, all_actions=all_names)
     summary = report.plan_summary(surveyed.plan)
-    _write_report(report_file, value, report.PLAN_HEADER, rows, summary)
+    _warn_of_nothing(only, surveyed.resolution)
     if json:
         print(report.as_json(value), end="")
     else:
         _warn(surveyed.plan.warnings)
-        print(report.table(report.PLAN_HEADER, rows) + summary, end="")
+        print(_table(report.PLAN_HEADER, rows) + summary, end="")
+    _write_report(report_file, value, report.PLAN_HEADER, rows, summary)
     if unreachable(surveyed.resolution):
         code = EXIT_UNREACHABLE
     elif surveyed.plan.held:
@@ -185,16 +213,15 @@ def _plan_against(wishlist: str, against: str, settings: Settings, *, json: bool
     _print_faults(new)
     registry = assembly.registry(settings)
     with ThreadPoolExecutor(settings.connections_per_host) as executor:
-        proposals = propose(new.wishes, old.wishes, registry, executor, settings.limits)
+        proposals = propose(new.wishes, old.wishes, registry, executor, settings.limits, settings.may_become_public)
     rows, summary = report.proposal_rows(proposals), report.proposal_summary(proposals)
     faults = [str(fault) for fault in new.faults]
     value = {"faults": faults, "proposals": [asdict(p) for p in proposals]}
-    text = "".join(f"- {fault}\n" for fault in faults)
-    _write_report(report_file, value, report.PROPOSAL_HEADER, rows, summary + text)
     if json:
         print(report.as_json(value), end="")
     else:
-        print(report.table(report.PROPOSAL_HEADER, rows) + summary, end="")
+        print(_table(report.PROPOSAL_HEADER, rows) + summary, end="")
+    _write_report(report_file, value, report.PROPOSAL_HEADER, rows, summary + report.markdown_list(faults))
     if not new.sound:
         raise typer.Exit(WishlistError.exit_code)
     raise typer.Exit(EXIT_SOME_FAILED if any(p.error for p in proposals) else 0)
@@ -280,7 +307,7 @@ def remove(
 ) -> None:
     """Take published names away, whoever published them; their roots stay until gc."""
     settings = _settings(config, target=target, lock_wait=lock_wait)
-    publisher = assembly.publisher(settings)
+    publisher = assembly.existing(settings)
     with publisher.lock(settings.lock_wait):
         paths = _published_names(names, publisher.published())
         with publisher.transaction(f"remove {', '.join(paths)}") as transaction:
@@ -315,7 +342,7 @@ def status(
         value = {"finished": report.moment(history.finished), "names": report.status_json(rows)}
         print(report.as_json(value), end="")
     else:
-        print(report.table(report.STATUS_HEADER, report.status_rows(rows, now)), end="")
+        print(_table(report.STATUS_HEADER, report.status_rows(rows, now)), end="")
         last = f"last run {report.age(now - history.finished)} ago" if history.finished else "no run yet"
         counts = ", ".join(
             f"{sum(r.state is s for r in rows)} {s.value}" for s in Standing if any(r.state is s for r in rows)
@@ -339,7 +366,7 @@ def verify(
     from unpacker.verify import verify as check
 
     settings = _settings(config, target=target)
-    publisher = assembly.publisher(settings)
+    publisher = assembly.existing(settings)
     standing = publisher.published()
     wanted = _published_names(images, standing)
     problems = [
@@ -350,7 +377,7 @@ def verify(
         print(report.as_json({"checked": len(wanted), "problems": problems}), end="")
     else:
         rows = [(p["name"], p["path"], p["problem"]) for p in problems]
-        print(report.table(("NAME", "PATH", "PROBLEM"), rows), end="")
+        print(_table(("NAME", "PATH", "PROBLEM"), rows), end="")
         print(f"{len(wanted)} names checked, {len(problems)} problems")
     raise typer.Exit(EXIT_TARGET if problems else 0)
 
@@ -372,7 +399,7 @@ def gc(
     from unpacker.gc import collect
 
     settings = _settings(config, target=target, state=state, grace_days=grace, lock_wait=lock_wait)
-    publisher = assembly.publisher(settings)
+    publisher = assembly.existing(settings)
     with nullcontext() if dry_run else publisher.lock(settings.lock_wait):
         found = collect(publisher, grace=settings.grace_days * 86_400, now=time.time(), dry_run=dry_run)
     if not dry_run:
@@ -407,17 +434,20 @@ def _carry_out(
 
     began = time.monotonic()
     request = assembly.request(found, path, settings, choice)
+    _check_report(report_file)
+    assembly.prepare_state(settings)
     with shown(quiet=quiet or json) as progress:
         result = run(request, progress)
     unresolved = result.survey.plan.unresolved
     value = report.outcomes_json(result.outcomes, unresolved)
     value["faults"] = [str(fault) for fault in found.faults]
     value["refusal"] = result.survey.plan.refusal or None
+    value["troubles"] = [str(trouble) for trouble in result.troubles]
     rows = report.outcome_rows(result.outcomes, unresolved)
     summary = report.outcome_summary(result.outcomes, unresolved, time.monotonic() - began)
     if result.survey.plan.refusal:
         summary += f"removals held: {result.survey.plan.refusal}; --allow-removals lets them happen\n"
-    _write_report(report_file, value, report.OUTCOME_HEADER, rows, summary)
+    _warn_of_nothing(choice.only, result.survey.resolution)
     errors = [e for e in (*(o.error for o in result.outcomes), *(u.error for u in unresolved)) if e is not None]
     # Of a single image its own error says more than "some wishes failed".
     code = errors[0].exit_code if choice.anonymous and errors else exit_code(result, sound=found.sound)
@@ -425,7 +455,10 @@ def _carry_out(
         print(report.as_json(value), end="")
     elif code or not quiet:
         _warn(result.survey.plan.warnings)
-        print(report.table(report.OUTCOME_HEADER, rows) + summary, end="")
+        print(_table(report.OUTCOME_HEADER, rows) + summary, end="")
+    for trouble in result.troubles:
+        _complain(str(trouble))
+    _write_report(report_file, value, report.OUTCOME_HEADER, rows, summary)
     raise typer.Exit(code)
 
 
@@ -454,6 +487,17 @@ def _print_faults(found: Wishlist) -> None:
         print(f"{warning} (warning)", file=sys.stderr)
 
 
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as wide as it gets, for files and pipes; on a terminal one that fits."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return report.table(header, rows, width=width)
+
+
+def _warn_of_nothing(only: str | None, resolution: Resolution) -> None:
+    if only is not None and not (resolution.pinned or resolution.unresolved or resolution.missing):
+        _complain(f"no wish matches --only {only}")
+
+
 def _warn(warnings: tuple[str, ...]) -> None:
     for warning in warnings:
         _complain(warning)
@@ -468,6 +512,14 @@ def _published_names(given: list[str] | None, standing: Mapping[str, Published |
     if unknown:
         raise WishlistError(f"not published: {', '.join(unknown)} (see `unpacker status`)")
     return names
+
+
+def _check_report(path: str | None) -> None:
+    """SettingsError if the report could not be written: said before an hour's work, not after it."""
+    directory = os.path.dirname(path or "") or "."
+    if path is not None and (os.path.isdir(path) or not os.access(directory, os.W_OK | os.X_OK)):
+        problem = "it is a directory" if os.path.isdir(path) else f"{directory} is no directory that can be written to"
+        raise SettingsError(f"cannot write the report {path}: {problem}")
 
 
 def _write_report(

@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from unpacker.changeset import Entry
+from unpacker.changeset import Changeset, Entry
 from unpacker.digest import Digest, Stream
-from unpacker.image import Image
+from unpacker.image import Image, Layer
 from unpacker.oci import Descriptor
 from unpacker.record import Published, Unreadable
 from unpacker.reference import Reference, Repository
@@ -92,16 +92,27 @@ class Batch(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stacked:
+    """One layer of an image: its changeset, and the tree of the layers `below` it, as they came."""
+
+    layer: Layer
+    changeset: Changeset
+    below: Tree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
     """One image ready to be published under one name.
 
     `tree` is the prepared tree, or None where `Publisher.root` said that the root exists. `record` is complete but
-    for `root`, `entries`, `size`, `altered`, `replaces`, which the publisher fills in.
+    for `root`, `entries`, `size`, `altered`, `replaces`, which the publisher fills in. `layers` come with a tree if
+    `Publisher.wants_layers`.
     """
 
     image: Image
     record: Published
     tree: Tree | None
+    layers: tuple[Stacked, ...] = ()
 
 
 class Publisher(Protocol):
@@ -110,6 +121,10 @@ class Publisher(Protocol):
     @property
     def contents(self) -> ContentStore:
         """Where the bytes of this target's files go."""
+
+    @property
+    def wants_layers(self) -> bool:
+        """Whether releases shall bring the layers of their image, too."""
 
     def lock(self, wait: float = 0) -> AbstractContextManager[None]:
         """Excludes every other run and gc on this target, for at most `wait` seconds of waiting; raises Busy with the

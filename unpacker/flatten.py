@@ -13,11 +13,12 @@ from typing import Any
 from unpacker.cache import ChangesetCache
 from unpacker.changeset import Changeset
 from unpacker.contracts import ContentStore, RegistryLocator
-from unpacker.errors import ImageError
+from unpacker.errors import ImageError, IntegrityError, RegistryError
 from unpacker.image import Image, Layer
 from unpacker.layer import LayerJob, read_layer
 from unpacker.limits import Limits
 from unpacker.pools import Pools
+from unpacker.reference import Repository
 from unpacker.rootfs import Policy
 from unpacker.tree import EMPTY, Tree, apply
 
@@ -48,6 +49,7 @@ class Layers:
         self._changesets: dict[str, Changeset] = {}
         self._jobs: dict[str, LayerJob] = {}
         self._retried: set[str] = set()
+        self._refused: dict[tuple[str, Repository], Exception] = {}
         self._chains: dict[tuple[str, ...], Tree] = {}
 
     def start(self, image: Image, *, check: bool = False) -> Growing:
@@ -88,7 +90,7 @@ class Layers:
             policy=self._policy,
             limits=self._limits,
         )
-        self._reading[layer.key] = self._pools.layers.submit(read_layer, job)
+        self._reading[layer.key] = self._pools.read(read_layer, job)
 
     def was_read(self, layer: Layer) -> bool:
         """Whether this run read the layer, rather than know it."""
@@ -130,12 +132,27 @@ class Layers:
             future = self._reading[layer.key]
             if not future.done():
                 return None
+            if self._shall_ask_again(layer, image, future):
+                return None
             encoded = future.result()
             self._cache.put(layer, encoded)
             known = Changeset.decode(encoded)
             del self._reading[layer.key]
         self._changesets[layer.key] = known
         return known
+
+    def _shall_ask_again(self, layer: Layer, image: Image, future: Future[bytes]) -> bool:
+        """Whether another image's repository failed to give the layer, so that this image's own is asked now."""
+        error = future.exception()
+        if not isinstance(error, RegistryError | IntegrityError):
+            return False
+        asked, own = self._jobs[layer.key].repository, image.pinned.reference.repository
+        self._refused[layer.key, asked] = error
+        refused = self._refused.get((layer.key, own))
+        if refused is not None:
+            raise refused
+        self._read(layer, image)
+        return True
 
     def chain(self, keys: tuple[str, ...]) -> Tree | None:
         """The tree of these layers, if an image before had them."""
@@ -153,6 +170,7 @@ class Layers:
         self._changesets = {key: known for key, known in self._changesets.items() if key in needed}
         self._reading = {key: future for key, future in self._reading.items() if key in needed}
         self._recalling = {key: future for key, future in self._recalling.items() if key in needed}
+        self._refused = {key: error for key, error in self._refused.items() if key[0] in needed}
 
 
 class Growing:

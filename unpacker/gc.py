@@ -16,18 +16,8 @@ from dataclasses import dataclass
 from unpacker.errors import PublishError
 from unpacker.publish import posix
 from unpacker.publish.directory import DirectoryPublisher
-from unpacker.publish.layout import (
-    FLAT,
-    LOCK,
-    METADATA,
-    POOL,
-    ROOTS,
-    TRASH,
-    UNREFERENCED,
-    Layout,
-    root_path,
-    serialise_unreferenced,
-)
+from unpacker.publish.layout import LOCK, POOL, ROOTS, TRASH, Layout
+from unpacker.publish.roots import FLAT, METADATA, UNREFERENCED, root_path, serialise_unreferenced
 
 _NO_NAMES = frozenset({".flat", ".metadata", ".unpacker", ".layers", ".chains", "lost+found"})
 """Top-level directories in which no symlink is a name of a root. In all others, and `.multiarch`, every one counts."""

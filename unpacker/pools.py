@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import TypeVar
 
@@ -26,7 +27,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
 class Pools:
     """The executors of one run. Leaving it normally waits for nothing that is still wanted; leaving it by exception
-    ends the processes at once."""
+    ends the processes at once, and does not wait for threads, which a registry may keep for as long as it likes."""
 
     asking: Executor
     layers: Executor
@@ -34,7 +35,7 @@ class Pools:
     def __init__(self, jobs: int) -> None:
         """With one job layers are read in a thread of this process: one layer keeps a core busy by itself."""
         _keep_memory()
-        self._extra: list[ProcessPoolExecutor] = []
+        self._jobs = jobs
         self._processes = jobs > 1
         if self._processes:
             layers = ProcessPoolExecutor(jobs, _context(), _start_worker, (os.getpid(),))
@@ -44,12 +45,21 @@ class Pools:
         else:
             self.layers = ThreadPoolExecutor(1, "layers")
         self.asking = ThreadPoolExecutor(ASKING_THREADS, "asking")
+        self._isolating = ThreadPoolExecutor(1, "isolating")
+
+    def read(self, function: Callable[[A], T], argument: A) -> Future[T]:
+        """Has a task done by `layers`; by new processes if one of theirs died."""
+        try:
+            return self.layers.submit(function, argument)
+        except BrokenProcessPool:
+            self.layers.shutdown(wait=False)
+            self.layers = ProcessPoolExecutor(self._jobs, _context(), _start_worker, (os.getpid(),))
+            return self.layers.submit(function, argument)
 
     def alone(self, function: Callable[[A], T], argument: A) -> Future[T]:
-        """Runs one task in a process of its own, which it may kill without harm to others."""
-        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(),))
-        self._extra.append(pool)
-        return pool.submit(function, argument)
+        """Runs one task in a process of its own, which it may kill without harm to others; one such task at a time,
+        because memory may be what they lack."""
+        return self._isolating.submit(_isolated, function, argument)
 
     def __enter__(self) -> Pools:
         return self
@@ -57,13 +67,24 @@ class Pools:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pool in (self.asking, self.layers, *self._extra):
+        threads = (self.asking, self._isolating) if self._processes else (self.asking, self._isolating, self.layers)
+        for pool in threads:
             pool.shutdown(wait=False, cancel_futures=True)
         if error is not None and self._processes:
             for process in multiprocessing.active_children():
                 process.terminate()
-        for pool in (self.asking, self.layers, *self._extra):
-            pool.shutdown(wait=True)
+        if self._processes:
+            # Once, and waiting: a pool of processes that was let go without cannot be waited for any more, and its
+            # end then races with the interpreter's, which prints a traceback now and then.
+            self.layers.shutdown(wait=True, cancel_futures=True)
+        if error is None:
+            for pool in threads:
+                pool.shutdown(wait=True)
+
+
+def _isolated(function: Callable[[A], T], argument: A) -> T:
+    with ProcessPoolExecutor(1, _context(), _start_worker, (os.getpid(),)) as pool:
+        return pool.submit(function, argument).result()
 
 
 def _context() -> multiprocessing.context.BaseContext:

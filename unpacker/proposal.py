@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
 
 from unpacker.contracts import Registry
@@ -10,12 +10,17 @@ from unpacker.errors import UnpackerError
 from unpacker.image import Pinned
 from unpacker.limits import Limits
 from unpacker.report import Proposal
-from unpacker.resolve import config_of, manifest_of, names_of, resolve
+from unpacker.resolve import complete, manifest_of, names_of, resolve
 from unpacker.wish import Wish
 
 
 def propose(
-    new: Sequence[Wish], old: Sequence[Wish], registry: Registry, executor: Executor, limits: Limits
+    new: Sequence[Wish],
+    old: Sequence[Wish],
+    registry: Registry,
+    executor: Executor,
+    limits: Limits,
+    may_become_public: Collection[str] = (),
 ) -> tuple[Proposal, ...]:
     """Every name that `new` adds to, changes in or drops from `old`; those in both are not
     asked for.
@@ -33,7 +38,7 @@ def propose(
     proposals: list[Proposal] = []
     wished = {pinned.reference.public_path for pinned in resolution.pinned}
     fresh = [p for p in resolution.pinned if _is_news(p, old_names, kept)]
-    proposals += executor.map(lambda p: _look_up(p, old_names, registry, limits), fresh)
+    proposals += executor.map(lambda p: _look_up(p, old_names, registry, limits, may_become_public), fresh)
     proposals += [
         Proposal(name=u.name, change="add", error=str(u.error)) for u in (*resolution.unresolved, *resolution.missing)
     ]
@@ -41,7 +46,10 @@ def propose(
     proposals += [
         Proposal(name=path, change="drop")
         for path in old_names
-        if path not in wished and path not in kept and path not in unknown and path.partition(":")[0] not in unknown
+        if path not in wished
+        and path not in kept
+        and path not in unknown
+        and str(old_names[path].repository) not in unknown
     ]
     proposals += [Proposal(name=name, change="drop", error=str(error)) for name, error in old_errors.items()]
     return tuple(sorted(proposals, key=lambda p: p.name))
@@ -59,15 +67,18 @@ def _is_news(pinned: Pinned, old_names: Mapping[str, Wish], kept: set[str]) -> b
     return wish is None or wish.platform != pinned.platform or wish.digest != pinned.reference.digest
 
 
-def _look_up(pinned: Pinned, old_names: Mapping[str, Wish], registry: Registry, limits: Limits) -> Proposal:
+def _look_up(
+    pinned: Pinned,
+    old_names: Mapping[str, Wish],
+    registry: Registry,
+    limits: Limits,
+    may_become_public: Collection[str],
+) -> Proposal:
     path = pinned.reference.public_path
     change = "change" if path in old_names else "add"
     try:
         manifest, digest, platforms = manifest_of(pinned, registry, limits)
-        repository = pinned.reference.repository
-        config = config_of(manifest, repository, registry, limits)
-        if not registry.is_public(repository, digest):
-            raise UnpackerError("private: the operator must allow it to become public")
+        image = complete(pinned, manifest, digest, registry, limits, may_become_public)
     except UnpackerError as error:
         return Proposal(name=path, change=change, digest=str(pinned.descriptor.digest), error=str(error))
     return Proposal(
@@ -75,7 +86,7 @@ def _look_up(pinned: Pinned, old_names: Mapping[str, Wish], registry: Registry, 
         change=change,
         digest=str(pinned.descriptor.digest),
         platform=str(pinned.platform),
-        platforms=tuple(str(p) for p in platforms) or (str(config.platform),),
+        platforms=tuple(str(p) for p in platforms) or (str(image.config.platform),),
         layers=len(manifest.layers),
         compressed=manifest.compressed_size,
     )

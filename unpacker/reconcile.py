@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ from unpacker.plan import Action, Done, Outcome, Plan, Resolution, Rules, Verb, 
 from unpacker.pools import ASKING_THREADS, Pools
 from unpacker.record import Published, Unreadable
 from unpacker.report import status_note
-from unpacker.resolve import fetch, resolve, unreachable
+from unpacker.resolve import fetch, resolve, unforeseen, unreachable
 from unpacker.rootfs import Policy, prepare
 from unpacker.status import Failure
 from unpacker.tree import Tree
@@ -93,15 +94,17 @@ class Survey:
     plan: Plan
     resolution: Resolution
     published: Mapping[str, Published | Unreadable]
+    history: journal.Journal = field(default_factory=journal.Journal)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What came of a run."""
+    """What came of a run. `troubles` kept it from writing down what came of it."""
 
     survey: Survey
     outcomes: tuple[Outcome, ...] = ()
     failures: Mapping[str, Failure] = field(default_factory=dict)
+    troubles: tuple[UnpackerError, ...] = ()
 
 
 def survey(request: Request, asking: Executor | None = None) -> Survey:
@@ -112,7 +115,7 @@ def survey(request: Request, asking: Executor | None = None) -> Survey:
     published = request.publisher.published()
     wishes = [w for w in request.wishes if _in_scope(str(w.repository), request.only)]
     resolution = resolve(wishes, request.registry, asking, request.limits, lambda path: _matches(path, request.only))
-    history = journal.load(request.state)
+    history = journal.load(request.state, request.owner or "")
     rules = Rules(
         owner=request.owner,
         sound=request.sound,
@@ -124,19 +127,25 @@ def survey(request: Request, asking: Executor | None = None) -> Survey:
         damaged=request.damaged,
         now=int(request.clock()),
     )
-    return Survey(plan=plan(wishes, resolution, published, rules), resolution=resolution, published=published)
+    decided = plan(wishes, resolution, published, rules)
+    return Survey(plan=decided, resolution=resolution, published=published, history=history)
 
 
 def _matches(public_path: str, only: str | None) -> bool:
-    return only is None or fnmatchcase(public_path, only) or fnmatchcase(public_path.partition(":")[0], only)
+    return only is None or fnmatchcase(public_path, only) or fnmatchcase(_without_tag(public_path), only)
 
 
 def _in_scope(repository: str, only: str | None) -> bool:
     """Whether any tag of a repository may match: decided without asking for its tags."""
     if only is None:
         return True
-    head, colon, _ = only.rpartition(":")
-    return fnmatchcase(repository, only) or fnmatchcase(repository, head if colon else only) or "*" in only
+    return fnmatchcase(repository, only) or fnmatchcase(repository, _without_tag(only)) or "*" in only
+
+
+def _without_tag(name: str) -> str:
+    """The repository of a public name. A registry's own name may have a colon, and so has a digest."""
+    parent, slash, last = name.rpartition("/")
+    return f"{parent}{slash}{last.partition(':')[0]}"
 
 
 def reconcile(request: Request, progress: Progress | None = None) -> Result:
@@ -147,15 +156,28 @@ def reconcile(request: Request, progress: Progress | None = None) -> Result:
         found = survey(request, pools.asking)
         watch.planned(len(found.plan.changes))
         outcomes: list[Outcome] = []
+        troubles: list[UnpackerError] = []
         try:
             for outcome in _Run(request, pools, watch).carry_out(found.plan):
                 outcomes.append(outcome)
                 watch.finished(outcome)
         finally:
             # Written also when the run is stopped: what failed until now is worth knowing.
-            failures = _write_journal(request, found, outcomes)
-        _write_status(request, failures)
-    return Result(survey=found, outcomes=tuple(outcomes), failures=failures)
+            failures = _journal(request, found, outcomes)
+            with _told(troubles):
+                journal.store(request.state, failures, request.owner or "")
+        with _told(troubles):
+            _write_status(request, failures.failures)
+    return Result(survey=found, outcomes=tuple(outcomes), failures=failures.failures, troubles=tuple(troubles))
+
+
+@contextmanager
+def _told(troubles: list[UnpackerError]) -> Iterator[None]:
+    """What goes wrong in writing down what was done must not keep from telling it."""
+    try:
+        yield
+    except UnpackerError as error:
+        troubles.append(error)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -222,7 +244,7 @@ class _Run:
         while waiting or opening or growing or ready:
             while waiting and len(opening) + len(growing) < window:
                 job = replace(waiting.popleft(), began=time.monotonic())
-                opening[self._pools.asking.submit(self._open, job.actions[0])] = job
+                opening[self._pools.asking.submit(self._open, job.actions)] = job
             if opening or growing:
                 unread = self._layers.pending(g.image for _, g in growing)
                 patience = max(0.0, ready[0].since + BATCH_SECONDS - time.monotonic()) if ready else None
@@ -248,12 +270,12 @@ class _Run:
                 ready = []
                 self._layers.forget_all_but(g.image for _, g in growing)
 
-    def _open(self, action: Action) -> _Opened:
-        request = self._request
+    def _open(self, actions: Sequence[Action]) -> _Opened:
+        request, action = self._request, actions[0]
         assert action.after is not None
         self._watch.working(action.public_path)
         image = fetch(action.after, request.registry, request.limits, request.may_become_public)
-        damaged = action.public_path in request.damaged
+        damaged = any(a.public_path in request.damaged for a in actions)
         root = None if damaged else request.publisher.root(image.image_id, request.policy.rules)
         return _Opened(image=image, root=root, damaged=damaged)
 
@@ -331,7 +353,7 @@ class _Run:
         except UnpackerError as error:
             log.warning("receipt not attached", name=published.public_path, error=str(error))
 
-    def _failed(self, job: _Job, error: BaseException) -> Iterator[Outcome]:
+    def _failed(self, job: _Job, error: Exception) -> Iterator[Outcome]:
         known = as_error(error)
         for action in job.actions:
             log.info("failed", name=action.public_path, error=str(known))  # the report is where it is told
@@ -358,7 +380,7 @@ class _Run:
 def exit_code(result: Result, *, sound: bool) -> int:
     """What a run comes to for who called it; the gravest matter wins."""
     failed = [o.error for o in result.outcomes if o.error is not None]
-    if any(isinstance(error, PublishError) for error in failed):
+    if result.troubles or any(isinstance(error, PublishError) for error in failed):
         return PublishError.exit_code
     if result.survey.plan.held:
         return UnsafePlan.exit_code
@@ -386,39 +408,40 @@ def _jobs(actions: Sequence[Action]) -> list[_Job]:
     return [_Job(tuple(group), 0.0) for group in groups.values()]
 
 
-def as_error(error: BaseException) -> UnpackerError:
-    """What a failure is called in the report; one that nobody foresaw is logged with its traceback."""
-    if isinstance(error, UnpackerError):
-        return error
+def as_error(error: Exception) -> UnpackerError:
+    """What a failure is called in the report."""
     if isinstance(error, BrokenProcessPool):
         return ImageError("reading a layer killed its process (out of memory?)")
     if isinstance(error, OSError):
         return PublishError(f"{error.strerror or error}: {error.filename or 'the target or the state directory'}")
-    log.error("unforeseen", exc_info=error)
-    return UnpackerError(f"unforeseen {type(error).__name__}: {error} (this is a fault of unpacker: please report it)")
+    return unforeseen(error)
 
 
-def _write_journal(request: Request, found: Survey, outcomes: Sequence[Outcome]) -> Mapping[str, Failure]:
+def _journal(request: Request, found: Survey, outcomes: Sequence[Outcome]) -> journal.Journal:
+    """What this wishlist's journal says after the run."""
     failed = {o.action.public_path: str(o.error) for o in outcomes if o.error is not None}
     failed |= {(u.reference.public_path if u.reference else u.name): str(u.error) for u in found.plan.unresolved}
     expansions: dict[str, tuple[str, ...]] = {}
     for wish in request.wishes:
         listed = found.resolution.listed.get(str(wish.repository))
         if wish.needs_listing and listed is not None:
-            expansions[wish.text] = wish.select(sorted(listed))
-    pinned = {p.reference.public_path for p in found.resolution.pinned}
+            # Two wishes may be written alike, and differ in what stands beside the image.
+            expansions[wish.text] = tuple(dict.fromkeys((*expansions.get(wish.text, ()), *wish.select(sorted(listed)))))
+    # A part of a wishlist, a single image, or a run that was stopped: what it did not come to stays as noted.
+    planned = {a.public_path for a in found.plan.changes}
+    known = {o.action.public_path for o in outcomes}
+    partial = request.only is not None or request.owner is None or not planned <= known
+    seen = ({p.reference.public_path for p in found.resolution.pinned} | set(failed)) - (planned - known)
     # Wishes that could not even be listed keep their last expansion, so that `status` still knows their names.
-    before = journal.load(request.state)
+    before = found.history
     kept = {w.text: before.expansions[w.text] for w in request.wishes if w.text in before.expansions}
-    after = before.after(
+    return before.after(
         failed=failed,
         vanished=frozenset(a.public_path for a in found.plan.actions if a.vanished),
         expansions=kept | expansions,
-        seen=None if request.only is None else frozenset(pinned | set(failed)),
+        seen=frozenset(seen) if partial else None,
         now=int(request.clock()),
     )
-    journal.store(request.state, after)
-    return after.failures
 
 
 def _write_status(request: Request, failures: Mapping[str, Failure]) -> None:

@@ -20,15 +20,25 @@ from unpacker.status import Failure, State, Status
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns separated by two blanks, the last one as long as it is; nothing for no rows."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, width: int | None = None) -> str:
+    """Columns separated by two blanks, the last one as long as it is; nothing for no rows.
+
+    A table wider than `width` has two lines for each row, without a header: the first two cells, then, indented,
+    those of the others that say anything. Names are never cut, because they are there to be copied.
+    """
     lines = [[_line(cell) for cell in row] for row in rows]
     if not lines:
         return ""
-    lines.insert(0, list(header))
-    widths = [max(len(row[i]) for row in lines) for i in range(len(header) - 1)]
+    widths = [max(len(row[i]) for row in (header, *lines)) for i in range(len(header) - 1)]
+    text = "".join(
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip() + "\n"
+        for row in (header, *lines)
+    )
+    if width is None or all(len(line) <= width for line in text.splitlines()):
+        return text
     return "".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip() + "\n"
+        f"{row[0].ljust(widths[0])}  {row[1]}\n"
+        + (f"    {'  '.join(cell for cell in row[2:] if cell)}\n" if any(row[2:]) else "")
         for row in lines
     )
 
@@ -38,6 +48,11 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(header)} |", f"|{'|'.join(' --- ' for _ in header)}|"]
     lines += [f"| {' | '.join(_escape(cell) for cell in row)} |" for row in rows]
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def markdown_list(lines: Iterable[str]) -> str:
+    """Lines of others as a Markdown list."""
+    return "".join(f"- {_escape(line)}\n" for line in lines)
 
 
 def _line(cell: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
+from unpacker import logs
 from unpacker.contracts import Registry
 from unpacker.digest import Digest, Stream
 from unpacker.errors import Denied, ImageError, NotFound, RegistryError, UnpackerError, WishlistError
@@ -19,6 +20,8 @@ from unpacker.oci import Descriptor, ImageConfig, Index, Manifest, Platform, par
 from unpacker.plan import Resolution
 from unpacker.reference import Reference, Repository, is_tag
 from unpacker.wish import Wish
+
+log = logs.Log()
 
 _INDEX_DEPTH = 3
 
@@ -87,13 +90,17 @@ def expand(
         for reference in _references(wish, listing, limits, unresolved):
             wanted = _Wanted(reference=reference, platform=wish.platform, gpu=wish.gpu, line=wish.line)
             first = chosen.setdefault(reference.public_path, wanted)
-            if replace(first, line=0) != replace(wanted, line=0):
+            if _meaning(first) != _meaning(wanted):
                 error = WishlistError(
                     f"wished on line {first.line} and, differently, on line {wish.line}: one name can be one image only"
                 )
                 unresolved.append(Unresolved(repository=wish.repository, reference=reference, error=error))
     clashing = {u.reference.public_path for u in unresolved if u.reference is not None}
     return [w for path, w in chosen.items() if path not in clashing], unresolved, warnings
+
+
+def _meaning(wanted: _Wanted) -> _Wanted:
+    return replace(wanted, platform=wanted.platform.normal, line=0)
 
 
 def _references(
@@ -116,18 +123,26 @@ def _references(
     return [Reference(repository=wish.repository, tag=tag) for tag in tags]
 
 
+def unforeseen(error: Exception) -> UnpackerError:
+    """An error as the report tells it; one that nobody foresaw is logged with its traceback."""
+    if isinstance(error, UnpackerError):
+        return error
+    log.error("unforeseen", exc_info=error)
+    return UnpackerError(f"unforeseen {type(error).__name__}: {error} (this is a fault of unpacker: please report it)")
+
+
 def _list(registry: Registry, repository: Repository) -> list[str] | UnpackerError:
     try:
         return registry.tags(repository)
     except Exception as error:  # noqa: BLE001 - one repository's failure, whatever it is, is its own
-        return as_error(error)
+        return unforeseen(error)
 
 
 def _head(registry: Registry, wanted: _Wanted) -> Pinned | Unresolved:
     try:
         descriptor = registry.head(wanted.reference)
     except Exception as error:  # noqa: BLE001 - one reference's failure, whatever it is, is its own
-        return Unresolved(repository=wanted.reference.repository, reference=wanted.reference, error=as_error(error))
+        return Unresolved(repository=wanted.reference.repository, reference=wanted.reference, error=unforeseen(error))
     return Pinned(reference=wanted.reference, descriptor=descriptor, platform=wanted.platform, gpu=wanted.gpu)
 
 
@@ -137,8 +152,20 @@ def fetch(pinned: Pinned, registry: Registry, limits: Limits, may_become_public:
     An image that an anonymous request cannot read is Denied unless `may_become_public` has its `registry/repository`:
     what is published is public.
     """
-    repository = pinned.reference.repository
     manifest, digest, _ = manifest_of(pinned, registry, limits)
+    return complete(pinned, manifest, digest, registry, limits, may_become_public)
+
+
+def complete(
+    pinned: Pinned,
+    manifest: Manifest,
+    digest: Digest,
+    registry: Registry,
+    limits: Limits,
+    may_become_public: Collection[str],
+) -> Image:
+    """The rest of an image whose manifest is at hand; raises for what makes `fetch` raise."""
+    repository = pinned.reference.repository
     if str(repository) not in may_become_public and not registry.is_public(repository, digest):
         raise Denied(
             f"{pinned.reference} is private, and what is published becomes public: if that is meant, the operator "

@@ -6,6 +6,7 @@ directories. Never from the working directory, which may be a checkout of the wi
 
 from __future__ import annotations
 
+import difflib
 import os
 import subprocess
 import tomllib
@@ -69,7 +70,12 @@ class Settings(BaseModel):
             return self.state
         if os.geteuid() == 0:
             return "/var/lib/unpacker"
-        home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+        home = os.environ.get("XDG_STATE_HOME")
+        if not home:
+            try:
+                home = str(Path.home() / ".local" / "state")
+            except RuntimeError:
+                raise SettingsError("this user has no home directory: say --state DIRECTORY") from None
         return f"{home}/unpacker"
 
 
@@ -85,6 +91,7 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str], config: str |
         name = ENVIRONMENT_PREFIX + key.upper()
         if environment.get(name) and key not in ("limits", "receipts"):
             values[key], origin[key] = environment[name], name
+    _refuse_misspelt(environment)
     for key, value in flags.items():
         if value is not None:
             values[key], origin[key] = value, "--" + key.replace("_", "-")
@@ -98,6 +105,19 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str], config: str |
         except ValueError as error:
             raise SettingsError(f"may_become_public: {error}") from None
     return settings
+
+
+def _refuse_misspelt(environment: Mapping[str, str]) -> None:
+    """SettingsError for a variable that sets nothing and looks as if it should. Others may have names of their own."""
+    known = {ENVIRONMENT_PREFIX + key.upper(): key for key in (*Settings.model_fields, "config")}
+    for name in sorted(environment):
+        if known.get(name) in ("limits", "receipts"):
+            raise SettingsError(f"{name}: [{known[name]}] can be set in unpacker.toml only")
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            spellings = [each.removeprefix(ENVIRONMENT_PREFIX) for each in known]
+            close = difflib.get_close_matches(name.removeprefix(ENVIRONMENT_PREFIX), spellings, n=1, cutoff=0.85)
+            if close:
+                raise SettingsError(f"{name}: no such setting (is {ENVIRONMENT_PREFIX}{close[0]} meant?)")
 
 
 def _find(config: str | None, environment: Mapping[str, str]) -> str | None:
@@ -124,7 +144,8 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
     for fault in error.errors(include_url=False, include_input=False):
         key = ".".join(str(part) for part in fault["loc"])
         source = origin.get(str(fault["loc"][0]) if fault["loc"] else "", "") or "settings"
-        message = "no such setting" if fault["type"] == "extra_forbidden" else fault["msg"]
+        unknown = fault["type"] in ("extra_forbidden", "unexpected_keyword_argument")
+        message = "no such setting" if unknown else fault["msg"]
         lines.append(f"{source}: {key}: {message}")
     return "\n".join(lines)
 

@@ -12,7 +12,8 @@ from unpacker import listing
 from unpacker.changeset import Xattrs
 from unpacker.listing import Row
 from unpacker.publish import posix
-from unpacker.publish.layout import FLAT, METADATA, Layout
+from unpacker.publish.layout import Layout
+from unpacker.publish.roots import FLAT
 from unpacker.record import Published, Unreadable
 
 _REMEMBERED = 200_000
@@ -99,7 +100,7 @@ def _verify_root(layout: Layout, record: Published, contents: _Contents | None) 
         raise posix.failure(error, f"opening {record.root} in {layout.path}") from error
     with posix.Descent(root_fd) as at:
         try:
-            data = layout.read(f"{METADATA}/{record.public_path}/listing.zst", None)
+            data = layout.listing(record)
         except FileNotFoundError:
             yield "", "its listing.zst is missing"
             return

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from unpacker.cvmfs.counters import Counters
-from unpacker.cvmfs.hash import ContentHash
+from unpacker.cvmfs.hash import SIZE, ContentHash
 from unpacker.cvmfs.row import Chunk, Row, key
 from unpacker.errors import PublishError
 
@@ -21,6 +21,7 @@ SCHEMA = "2.5"
 REVISION = 7
 _OLDEST_EDITABLE = 5
 """From this revision on all 24 counters are there."""
+_OLDEST_BINDING = 4
 
 _PAGE_SIZE = 1024
 """Clients allocate the slots of their page cache for this."""
@@ -185,6 +186,33 @@ class Catalog:
             (number,) = self._db.execute("SELECT count(*) FROM catalog").fetchone()
         return int(number)
 
+    def keys_below(self, path: str) -> list[tuple[int, int]]:
+        """The path keys of `children`, in the same order: what clients look names up by, whatever the names say."""
+        return self._do(
+            "SELECT md5path_1, md5path_2 FROM catalog WHERE parent_1 = ? AND parent_2 = ? ORDER BY name",
+            key(_bytes(path)),
+        ).fetchall()
+
+    def count_chunks(self) -> int:
+        """How many pieces of chunked files it has."""
+        return int(self._do("SELECT count(*) FROM chunks").fetchone()[0])
+
+    def bound(self) -> dict[str, Nested]:
+        """The root catalogs bound somewhere in it, by their mount points: snapshots of the official tools."""
+        if self.schema_revision < _OLDEST_BINDING:
+            return {}
+        return dict(self._nested("ORDER BY path", (), "bind_mountpoints"))
+
+    def digests(self) -> Iterator[bytes]:
+        """The bare digests of all objects that its rows and chunks name; the same one more than once."""
+        for table in ("catalog", "chunks"):
+            # As it goes: there may be hundreds of thousands.
+            with self._reading():
+                for (digest,) in self._db.execute(f"SELECT hash FROM {table} WHERE hash IS NOT NULL"):
+                    if type(digest) is not bytes or len(digest) != SIZE:
+                        raise PublishError(f"{self._what}: a malformed content hash; check the repository")
+                    yield digest
+
     # Changing --------------------------------------------------------------------------------------------------------
 
     def require_editable(self) -> None:
@@ -334,9 +362,11 @@ class Catalog:
         ):
             raise PublishError(f"{self._what}: a malformed row; check the repository with cvmfs_server check")
 
-    def _nested(self, condition: str, values: tuple[bytes, ...]) -> Iterator[tuple[str, Nested]]:
+    def _nested(
+        self, condition: str, values: tuple[bytes, ...], table: str = "nested_catalogs"
+    ) -> Iterator[tuple[str, Nested]]:
         with self._reading():
-            found = self._db.execute(f"SELECT path, sha1, size FROM nested_catalogs {condition}", values).fetchall()
+            found = self._db.execute(f"SELECT path, sha1, size FROM {table} {condition}", values).fetchall()
         for path, text, size in found:
             try:
                 yield path, Nested(ContentHash.parse(text), int(size))

@@ -10,13 +10,11 @@ from contextlib import ExitStack, contextmanager
 from unpacker import lock
 from unpacker.errors import PublishError
 from unpacker.publish import posix
-from unpacker.publish.layout import FLAT, LOCK, METADATA, OURS, POOL, ROOTS, TRASH, TXN, Layout, root_path
+from unpacker.publish.layout import LOCK, OURS, POOL, ROOTS, TRASH, TXN, Layout
 from unpacker.publish.pool import ContentPool
+from unpacker.publish.roots import FLAT, METADATA, root_path
 from unpacker.publish.transaction import DirectoryTransaction
 from unpacker.record import Published, Unreadable
-
-_SPARE_BYTES = 64 << 20
-_SPARE_INODES = 1000
 
 
 class DirectoryPublisher:
@@ -30,6 +28,10 @@ class DirectoryPublisher:
         self._held = ExitStack()
         self._made: set[str] = set()
         self._in_transaction = False
+
+    @property
+    def wants_layers(self) -> bool:
+        return False
 
     @property
     def path(self) -> str:
@@ -66,6 +68,11 @@ class DirectoryPublisher:
     def _acquire(self, wait: float) -> ExitStack:
         try:
             self._prepare()
+        except FileExistsError as error:
+            raise PublishError(f"the target {self.path} is no directory: name another, or move that away") from error
+        except OSError as error:
+            raise posix.failure(error, f"preparing the target {self.path}") from error
+        try:
             with ExitStack() as stack:
                 stack.enter_context(lock.exclusive(f"{self.path}/{LOCK}", f"the target {self.path}", wait))
                 self._clean()
@@ -135,25 +142,7 @@ class DirectoryPublisher:
 
     def room(self, size: int, entries: int) -> None:
         """Raises PublishError if the file system cannot take this many bytes and inodes more, with some to spare."""
-        place = self.path
-        while not os.path.exists(place):
-            place = os.path.dirname(place)
-        try:
-            now = os.statvfs(place)
-        except OSError as error:
-            raise posix.failure(error, f"asking for the free space of {self.path}") from error
-        free = now.f_bavail * now.f_frsize
-        if free < size + _SPARE_BYTES:
-            raise PublishError(
-                f"no room in {self.path}: {(size + _SPARE_BYTES) / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
-                "free space (unpacker gc may help) or enlarge the file system"
-            )
-        # Some file systems (btrfs) make inodes as they need them, and say that they have none.
-        if now.f_files and now.f_favail < entries + _SPARE_INODES:
-            raise PublishError(
-                f"no room in {self.path}: {entries + _SPARE_INODES:,} inodes needed, {now.f_favail:,} free; "
-                "remove files (unpacker gc may help) or make a file system with more inodes"
-            )
+        posix.check_room(self.path, size, entries)
 
     def noted(self, name: str) -> bytes | None:
         """What `.metadata/<name>` holds, if it is there."""

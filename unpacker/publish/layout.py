@@ -12,22 +12,26 @@ Everything here gives OSError as it comes; who calls knows what was being done.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import posixpath
-import re
 import secrets
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
 from unpacker.digest import Digest
 from unpacker.publish import posix
+from unpacker.publish.roots import (
+    FLAT,
+    METADATA,
+    UNREFERENCED,
+    RootFacts,
+    is_public_name,
+    may_be_registry,
+    names_of,
+    parse_unreferenced,
+    root_path,
+)
 from unpacker.record import Published, Unreadable
 
-FLAT = ".flat"
-METADATA = ".metadata"
-UNREFERENCED = f"{METADATA}/unreferenced.json"
 OURS = ".unpacker"
 LOCK = f"{OURS}/lock"
 POOL = f"{OURS}/pool"
@@ -36,47 +40,6 @@ TXN = f"{OURS}/txn"
 TRASH = f"{OURS}/trash"
 
 _RECORD_LIMIT = 4 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RootFacts:
-    """What is known of one root. A directory in `.flat` without facts is not ours.
-
-    `damaged`: verify found it changed; it stays as it is while names refer to it, and is never published again.
-    """
-
-    image_id: str
-    rules: str
-    entries: int
-    size: int
-    altered: Mapping[str, int] = field(default_factory=dict)
-    layers: tuple[str, ...] = ()
-    damaged: bool = False
-
-    def serialise(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1) + "\n").encode("ascii")
-
-    @classmethod
-    def parse(cls, data: bytes) -> RootFacts:
-        """ValueError says what is wrong."""
-        try:
-            value = json.loads(data)
-            return cls(
-                image_id=str(value["image_id"]),
-                rules=str(value["rules"]),
-                entries=int(value["entries"]),
-                size=int(value["size"]),
-                altered={str(k): int(v) for k, v in value["altered"].items()},
-                layers=tuple(str(d) for d in value["layers"]),
-                damaged=bool(value["damaged"]),
-            )
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"not the facts of a root: {type(error).__name__} {error}") from None
-
-
-def root_path(name: str) -> str:
-    """The path of the root called `name`, below the target."""
-    return f"{FLAT}/{name[:2]}/{name}"
 
 
 class Layout:
@@ -126,11 +89,11 @@ class Layout:
     def public_names(self) -> Iterator[str]:
         """Every name that could be a public path, `<registry>/<name…>:<tag>`, whatever stands there. Other names, such
         as an operator's own symlinks, are not ours."""
-        return (path for path, _ in self._walk("") if _is_name(path))
+        return (path for path, _ in self._walk("") if is_public_name(path))
 
     def records(self) -> list[str]:
         """The public path of everything that may be a record, whether or not its name is published."""
-        return [path for path, _ in self._walk(METADATA) if _is_name(path)]
+        return [path for path, _ in self._walk(METADATA) if is_public_name(path)]
 
     def empty_directories(self) -> list[str]:
         """Directories on the way to names and to records that have nothing in them."""
@@ -150,9 +113,9 @@ class Layout:
                 continue  # Its last name was removed meanwhile.
             for entry in entries:
                 path = f"{directory}/{entry.name}" if directory else entry.name
-                if entry.name[0] == "." or not (directory or _may_be_registry(path)):
+                if entry.name[0] == "." or not (directory or may_be_registry(path)):
                     continue
-                into = not _is_name(path) and entry.is_dir(follow_symlinks=False)
+                into = not is_public_name(path) and entry.is_dir(follow_symlinks=False)
                 if into:
                     pending.append(path)
                 yield path, into
@@ -189,6 +152,17 @@ class Layout:
             if self.link_root(public_path) == root:
                 break
         return Unreadable(public_path, problem)
+
+    def listing(self, record: Published) -> bytes:
+        """The listing of the root that a record in force names; OSError as it comes.
+
+        While a transaction is under way, or was killed, what lies beside a record that is not yet in force may be of
+        its next root already. The root's own copy is not, but only who publishes can read that.
+        """
+        beside = self._record(record.public_path)
+        if isinstance(beside, Published) and beside.root != record.root:
+            return self.read(f"{ROOTS}/{posixpath.basename(record.root)}.zst", None)
+        return self.read(f"{METADATA}/{record.public_path}/listing.zst", None)
 
     def _record(self, public_path: str) -> Published | str:
         try:
@@ -250,9 +224,7 @@ class Layout:
 
     def root(self, image_id: str, rules: str) -> str | None:
         """The path of a sound root of this image composed under these rules."""
-        own = re.compile(rf"{Digest.parse(image_id).hex}(?:-([0-9]+))?")
-        found = (own.fullmatch(name) for name in self.names(f"{FLAT}/{Digest.parse(image_id).hex[:2]}"))
-        for _, name in sorted((int(match[1] or 1), match[0]) for match in found if match):
+        for name in names_of(image_id, self.names(f"{FLAT}/{Digest.parse(image_id).hex[:2]}")):
             facts = self.facts(name)
             if facts is not None and (facts.image_id, facts.rules, facts.damaged) == (image_id, rules, False):
                 return root_path(name)
@@ -271,22 +243,4 @@ class Layout:
             data = self.read(UNREFERENCED)
         except FileNotFoundError:
             return {}
-        value: Any = json.loads(data)
-        if not isinstance(value, dict) or not all(type(time) is int for time in value.values()):
-            raise ValueError("not a mapping of roots to Unix seconds")
-        return value
-
-
-def serialise_unreferenced(times: Mapping[str, int]) -> bytes:
-    """The bytes of unreferenced.json."""
-    return (json.dumps(dict(sorted(times.items())), indent=1) + "\n").encode("ascii")
-
-
-def _is_name(path: str) -> bool:
-    # A registry's own name may have a colon, before its port.
-    _, slash, last = path.rpartition("/")
-    return bool(slash) and ":" in last
-
-
-def _may_be_registry(name: str) -> bool:
-    return "." in name or ":" in name or name == "localhost"
+        return parse_unreferenced(data)

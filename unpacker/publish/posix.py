@@ -27,6 +27,8 @@ CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEX
 
 _ZEROS = bytes(PIECE)
 _KEPT_DESCRIPTORS = 32
+_SPARE_BYTES = 64 << 20
+_SPARE_INODES = 1000
 _TIME_LIMIT = (1 << 63) - 1
 _ADVICE = {
     errno.ENOSPC: "free space or inodes (unpacker gc may help) or enlarge the file system, then run again",
@@ -76,6 +78,30 @@ def syncfs(fd: int) -> None:
     if _libc.syncfs(ctypes.c_int(fd)) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def check_room(path: str, size: int, inodes: int) -> None:
+    """Raises PublishError if the file system of `path` cannot take this many bytes and inodes more, with some to
+    spare."""
+    place = path
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    try:
+        now = os.statvfs(place)
+    except OSError as error:
+        raise failure(error, f"asking for the free space of {path}") from error
+    free = now.f_bavail * now.f_frsize
+    if free < size + _SPARE_BYTES:
+        raise PublishError(
+            f"no room in {path}: {(size + _SPARE_BYTES) / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
+            "free space (unpacker gc may help) or enlarge the file system"
+        )
+    # Some file systems (btrfs) make inodes as they need them, and say that they have none.
+    if now.f_files and now.f_favail < inodes + _SPARE_INODES:
+        raise PublishError(
+            f"no room in {path}: {inodes + _SPARE_INODES:,} inodes needed, {now.f_favail:,} free; "
+            "remove files (unpacker gc may help) or make a file system with more inodes"
+        )
 
 
 def open_directory(path: str, dir_fd: int, *, create: bool = False) -> int:

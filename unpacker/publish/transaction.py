@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,22 +21,19 @@ from unpacker.contracts import Release
 from unpacker.digest import Digest
 from unpacker.errors import PublishError
 from unpacker.publish import posix
-from unpacker.publish.layout import (
+from unpacker.publish.layout import POOL, ROOTS, TXN, Layout
+from unpacker.publish.pool import PoolLinks
+from unpacker.publish.roots import (
     FLAT,
     METADATA,
-    POOL,
-    ROOTS,
-    TXN,
     UNREFERENCED,
-    Layout,
     RootFacts,
+    free_name,
+    is_note,
     root_path,
     serialise_unreferenced,
 )
-from unpacker.publish.pool import PoolLinks
 from unpacker.record import Published, Unreadable
-
-_NOTE = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,11 +152,7 @@ class DirectoryTransaction:
         # Whatever is there, ours or foreign, is left alone: a root is never changed once it has its name.
         hexadecimal = Digest.parse(image_id).hex
         taken = {*self._layout.names(f"{FLAT}/{hexadecimal[:2]}"), *(staged.name for staged in self._staged.values())}
-        name, n = hexadecimal, 1
-        while name in taken:
-            n += 1
-            name = f"{hexadecimal}-{n}"
-        return name
+        return free_name(image_id, taken)
 
     def remove(self, public_paths: Sequence[str], *, now: int) -> None:
         """Takes public names away; PublishError if one of them does not exist, and then none is taken."""
@@ -174,7 +166,7 @@ class DirectoryTransaction:
 
     def note(self, name: str, data: bytes) -> None:
         """Writes `.metadata/<name>` with everything else."""
-        if not _NOTE.fullmatch(name) or f"{METADATA}/{name}" == UNREFERENCED:
+        if not is_note(name):
             raise PublishError(f"not a name for a note: {name!r}")
         self._notes[name] = data
 
@@ -240,9 +232,10 @@ class DirectoryTransaction:
         for i, path in enumerate(self._records):
             fd = self._layout.open(f"{METADATA}/{path}", create=True)
             try:
-                os.rename(f"{i}.listing", "listing.zst", src_dir_fd=self._txn_fd, dst_dir_fd=fd)
-                os.rename(f"{i}.manifest", "manifest.json", src_dir_fd=self._txn_fd, dst_dir_fd=fd)
+                # The record first: it tells that what lies beside it is not yet of the root that the link leads to.
                 os.rename(f"{i}.record", "record.json", src_dir_fd=self._txn_fd, dst_dir_fd=fd)
+                os.rename(f"{i}.manifest", "manifest.json", src_dir_fd=self._txn_fd, dst_dir_fd=fd)
+                os.rename(f"{i}.listing", "listing.zst", src_dir_fd=self._txn_fd, dst_dir_fd=fd)
             finally:
                 os.close(fd)
         os.rename("unreferenced", UNREFERENCED, src_dir_fd=self._txn_fd, dst_dir_fd=self._root_fd)

@@ -1,0 +1,213 @@
+"""Collects the garbage of a repository: old revisions, and the objects that no kept revision reaches.
+
+    mark what is kept → list the store → reference log without the condemned → catalogs deleted → sync → all others
+
+Everything is read before anything is written: what cannot be read may refer to anything. A kill leaves objects that
+nothing refers to, for the next collection, and never a reference to what is gone. Catalogs go first, because others
+take a catalog that is there for proof that all below it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+from unpacker.cvmfs import files, objects, reflog
+from unpacker.cvmfs.catalog import REVISION, Catalog
+from unpacker.cvmfs.hash import ContentHash
+from unpacker.cvmfs.manifest import Manifest
+from unpacker.cvmfs.reflog import Kind, Ref, Reflog
+from unpacker.cvmfs.repository import CATALOG_LIMIT, Repository
+from unpacker.cvmfs.scrub import SCRATCH, listed, parse_name
+from unpacker.cvmfs.transaction import transaction
+from unpacker.errors import PublishError
+from unpacker.publish import posix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """What was removed, or would be: the number of `revisions` and of `objects`, and the bytes `freed`."""
+
+    revisions: int
+    objects: int
+    freed: int
+
+
+def collect(
+    repository: Repository, *, keep: float, grace: float, now: float, dry_run: bool, wait: float = 0
+) -> Collected:
+    """Condemns the revisions that were superseded more than `keep` seconds before the Unix time `now`, except those
+    that a tag names (`trunk` and `trunk-previous` among them), and deletes what only they reach.
+
+    What nothing reaches at all may be of an ingest that has not published yet: it goes once its file has not changed
+    for `grace` seconds. Under the publishing lock; Busy after at most `wait` seconds. `dry_run` writes nothing at all,
+    not even a lock. PublishError if anything of a kept revision cannot be read; then nothing is deleted.
+    """
+    if dry_run:
+        return _plan(repository, repository.manifest(), _published_log(repository), keep, grace, now).collected
+    with transaction(repository, now=int(now), wait=wait) as within:
+        plan = _plan(repository, within.base, within.reflog, keep, grace, now)
+        if plan.condemned:
+            within.replace_reflog(within.reflog.without(ref.hash for ref in plan.condemned))
+        try:
+            _delete(path for path, is_catalog in plan.garbage if is_catalog)
+            # A power failure must not bring catalogs back whose files are gone.
+            repository.sync()
+            _delete(path for path, is_catalog in plan.garbage if not is_catalog)
+        except OSError as error:
+            raise posix.failure(error, f"deleting garbage of {repository.name}") from error
+    return plan.collected
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The entries of the reference log to take out; the objects to delete, and whether each is a catalog."""
+
+    condemned: list[Ref]
+    garbage: list[tuple[str, bool]]
+    freed: int
+
+    @property
+    def collected(self) -> Collected:
+        revisions = sum(ref.kind is Kind.CATALOG for ref in self.condemned)
+        return Collected(revisions=revisions, objects=len(self.garbage), freed=self.freed)
+
+
+class _Reached:
+    """The digests of all objects that some root catalogs lead to, and of which of them the catalogs were read.
+
+    Apart, because a file may have the bytes of a catalog; without suffixes, which keeps an object too many at most.
+    """
+
+    def __init__(self) -> None:
+        self.digests: set[bytes] = set()
+        self.catalogs: set[bytes] = set()
+
+
+def _plan(repository: Repository, base: Manifest, log: Reflog, keep: float, grace: float, now: float) -> _Plan:
+    if not base.collectable:
+        raise PublishError(f"the manifest of {repository.name} forbids garbage collection (G): nothing is deleted")
+    pinned = {name for name in (base.root, base.certificate, base.history, base.meta_info) if name is not None}
+    tagged = {tag.root for tag in repository.history(base).tags()}
+    kept, condemned = judge(log.refs(), pinned | tagged, now - keep)
+    roots = {base.root, *tagged, *(ref.hash for ref in kept if ref.kind is Kind.CATALOG)}
+    reached = _reach(repository, roots)
+    reached.digests.update(name.digest for name in pinned)
+    reached.digests.update(ref.hash.digest for ref in kept)
+    lost = _lost(repository, [ref.hash for ref in condemned if ref.kind is Kind.CATALOG], reached)
+    lost.update(ref.hash.digest for ref in condemned)
+    garbage = []
+    freed = 0
+    for path, digest, suffix in _stored(repository):
+        if digest in reached.digests:
+            continue
+        try:
+            own = os.stat(path, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise posix.failure(error, f"looking at {path} (nothing is deleted)") from error
+        # The later one: a batch is renamed long after its first object was written.
+        if digest in lost or max(own.st_mtime, own.st_ctime) <= now - grace:
+            garbage.append((path, suffix == objects.CATALOG))
+            freed += own.st_blocks * 512
+    return _Plan(condemned, garbage, freed)
+
+
+def judge(refs: Iterable[Ref], pinned: Collection[ContentHash], before: float) -> tuple[list[Ref], list[Ref]]:
+    """Which entries of a reference log are kept, and which are condemned: those that are not pinned, and were followed
+    by another one of their kind no later than at the Unix time `before`.
+
+    Not when they were published: whoever reads a revision reads it until the next one comes, however old it is.
+    """
+    kept: list[Ref] = []
+    condemned: list[Ref] = []
+    following: dict[Kind, int] = {}
+    for ref in sorted(refs, key=lambda ref: (ref.timestamp, ref.hash), reverse=True):
+        # The last may have lost a race, and was never published. If it was, it is pinned.
+        ended = following.get(ref.kind, ref.timestamp)
+        following[ref.kind] = ref.timestamp
+        (kept if ref.hash in pinned or ended > before else condemned).append(ref)
+    return kept, condemned
+
+
+def _reach(repository: Repository, roots: Iterable[ContentHash]) -> _Reached:
+    reached = _Reached()
+    pending = list(roots)
+    while pending:
+        name = pending.pop()
+        if name.digest in reached.catalogs:
+            continue
+        try:
+            with _opened(repository, name) as catalog:
+                if catalog.schema_revision > REVISION:
+                    raise PublishError(
+                        f"catalog {name} has schema revision {catalog.schema_revision}, this version of unpacker knows "
+                        f"those up to {REVISION}, and cannot tell what it refers to: upgrade unpacker"
+                    )
+                reached.digests.add(name.digest)
+                reached.digests.update(catalog.digests())
+                pending += [nested.hash for nested in catalog.all_nested().values()]
+                # Their revisions have tags; where not, they are gone for clients already.
+                pending += [
+                    bound.hash
+                    for bound in catalog.bound().values()
+                    if repository.objects.has(bound.hash, objects.CATALOG)
+                ]
+        except PublishError as error:
+            raise PublishError(f"what is in use cannot be told, so nothing is deleted: {error}") from error
+        reached.catalogs.add(name.digest)
+    return reached
+
+
+def _lost(repository: Repository, roots: list[ContentHash], reached: _Reached) -> set[bytes]:
+    """The digests of what these roots lead to and nothing else does, as far as they can be read."""
+    digests: set[bytes] = set()
+    seen: set[bytes] = set()
+    while roots:
+        name = roots.pop()
+        if name.digest in reached.catalogs or name.digest in seen:
+            continue
+        seen.add(name.digest)
+        digests.add(name.digest)
+        try:
+            with _opened(repository, name) as catalog:
+                digests.update(digest for digest in catalog.digests() if digest not in reached.digests)
+                roots += [nested.hash for nested in catalog.all_nested().values()]
+        except PublishError:
+            # A collection that was killed may have taken it. What it led to waits for the grace period, like all that
+            # nothing refers to; what is kept is known already, and does not depend on this.
+            continue
+    return digests
+
+
+def _opened(repository: Repository, name: ContentHash) -> Catalog:
+    data = repository.objects.read(name, objects.CATALOG, limit=CATALOG_LIMIT)
+    return Catalog.load(data, f"catalog {name} of {repository.name}")
+
+
+def _stored(repository: Repository) -> Iterator[tuple[str, bytes, str]]:
+    """All objects in the store: path, digest, suffix. What is not named like one is nothing of ours."""
+    for group in listed(f"{repository.directory}/data"):
+        if group.name != SCRATCH and group.is_dir(follow_symlinks=False):
+            for entry in listed(group.path):
+                found = parse_name(group.name, entry.name)
+                if found is not None and entry.is_file(follow_symlinks=False):
+                    yield entry.path, found[0].digest, found[1]
+
+
+def _delete(paths: Iterable[str]) -> None:
+    for path in paths:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            continue
+
+
+def _published_log(repository: Repository) -> Reflog:
+    path = f"{repository.directory}/{reflog.FILE}"
+    try:
+        return Reflog(repository.name, files.read(path, reflog.LIMIT), path)
+    except OSError as error:
+        raise posix.failure(error, f"reading {path}") from error

@@ -1,0 +1,108 @@
+"""What every target keeps of its roots, wherever it keeps it: names, facts, and when they lost their last name. Pure.
+
+Also which names are public ones: those are told from an operator's own by their form alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from unpacker.digest import Digest
+
+FLAT = ".flat"
+METADATA = ".metadata"
+UNREFERENCED = f"{METADATA}/unreferenced.json"
+
+_NOTE = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootFacts:
+    """What is known of one root. A directory in `.flat` without facts is not ours.
+
+    `damaged`: verify found it changed; it stays as it is while names refer to it, and is never published again.
+    """
+
+    image_id: str
+    rules: str
+    entries: int
+    size: int
+    altered: Mapping[str, int] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+    damaged: bool = False
+
+    def serialise(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1) + "\n").encode("ascii")
+
+    @classmethod
+    def parse(cls, data: bytes) -> RootFacts:
+        """ValueError says what is wrong."""
+        try:
+            value = json.loads(data)
+            return cls(
+                image_id=str(value["image_id"]),
+                rules=str(value["rules"]),
+                entries=int(value["entries"]),
+                size=int(value["size"]),
+                altered={str(k): int(v) for k, v in value["altered"].items()},
+                layers=tuple(str(d) for d in value["layers"]),
+                damaged=bool(value["damaged"]),
+            )
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"not the facts of a root: {type(error).__name__} {error}") from None
+
+
+def root_path(name: str) -> str:
+    """The path of the root called `name`, below the target."""
+    return f"{FLAT}/{name[:2]}/{name}"
+
+
+def free_name(image_id: str, taken: Collection[str]) -> str:
+    """What to call one more root of this image. What is there, ours or foreign, is left alone."""
+    hexadecimal = Digest.parse(image_id).hex
+    name, n = hexadecimal, 1
+    while name in taken:
+        n += 1
+        name = f"{hexadecimal}-{n}"
+    return name
+
+
+def names_of(image_id: str, names: Collection[str]) -> list[str]:
+    """Those of `names` that are roots of this image, the first one made first."""
+    own = re.compile(rf"{Digest.parse(image_id).hex}(?:-([0-9]+))?")
+    found = (own.fullmatch(name) for name in names)
+    return [name for _, name in sorted((int(match[1] or 1), match[0]) for match in found if match)]
+
+
+def parse_unreferenced(data: bytes) -> dict[str, int]:
+    """When each root lost its last name, in Unix seconds; ValueError if these are not the bytes of such a file."""
+    value: Any = json.loads(data)
+    if not isinstance(value, dict) or not all(type(time) is int for time in value.values()):
+        raise ValueError("not a mapping of roots to Unix seconds")
+    return value
+
+
+def serialise_unreferenced(times: Mapping[str, int]) -> bytes:
+    """The bytes of unreferenced.json."""
+    return (json.dumps(dict(sorted(times.items())), indent=1) + "\n").encode("ascii")
+
+
+def is_public_name(path: str) -> bool:
+    """Whether a path has the form of a public one, `<registry>/<name…>:<tag>`."""
+    # A registry's own name may have a colon, before its port.
+    _, slash, last = path.rpartition("/")
+    return bool(slash) and ":" in last
+
+
+def may_be_registry(name: str) -> bool:
+    """Whether a top-level name can be a registry's."""
+    return not name.startswith(".") and ("." in name or ":" in name or name == "localhost")
+
+
+def is_note(name: str) -> bool:
+    """Whether `.metadata/<name>` can be a note: no registry, nothing of the target's own."""
+    return bool(_NOTE.fullmatch(name)) and f"{METADATA}/{name}" != UNREFERENCED

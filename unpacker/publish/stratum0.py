@@ -1,0 +1,211 @@
+"""The stratum 0 target: a CernVM-FS repository in a directory of this host, written without the official tools."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from unpacker.cvmfs import keys as key_files
+from unpacker.cvmfs import spool
+from unpacker.cvmfs.contents import RepositoryContents
+from unpacker.cvmfs.reader import Reader
+from unpacker.cvmfs.repository import Repository
+from unpacker.cvmfs.transaction import transaction as cvmfs_transaction
+from unpacker.errors import PublishError
+from unpacker.limits import Limits
+from unpacker.publish import posix
+from unpacker.publish.index import Index
+from unpacker.publish.roots import METADATA, root_path
+from unpacker.publish.snapshot import Snapshot
+from unpacker.publish.stratum0_transaction import Stratum0Transaction
+from unpacker.record import Published, Unreadable
+
+SOON = 10
+"""Days before the whitelist expires from which on that is worth a warning."""
+
+
+class Stratum0Publisher:
+    """The Publisher whose target is the repository in `directory`, with its keys in `keys` (by default beside it).
+
+    Reading needs no keys. `index` is a file on local disk that remembers what known contents became; `layers_view` is
+    whether layers are published as directories, too.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        keys: str | None = None,
+        *,
+        index: str | None = None,
+        layers_view: bool = True,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.time,
+        spool_root: str = spool.SPOOLS,
+        configuration: str = spool.CONFIGURATION,
+    ) -> None:
+        self.path = os.path.abspath(directory)
+        self.keys = keys or key_files.default_directory(self.path)
+        self._index = index
+        self._layers_view = layers_view
+        self._limits = limits or Limits()
+        self._clock = clock
+        self._spool_root, self._configuration = spool_root, configuration
+        self._guard = threading.Lock()
+        self._repository: Repository | None = None
+        self._contents: RepositoryContents | None = None
+        self._depth = 0
+        self._wait = 0.0
+        self._held = ExitStack()
+        self._made: set[str] = set()
+        self._in_transaction = False
+        self._known: tuple[str, Index] | None = None
+        self._parsed: dict[bytes, Published | Unreadable] = {}
+
+    @property
+    def keeps_owners(self) -> bool:
+        """Catalogs keep the owners that files have in the image, whoever publishes."""
+        return True
+
+    @property
+    def wants_layers(self) -> bool:
+        return self._layers_view
+
+    @property
+    def repository(self) -> Repository:
+        """The repository; its keys are there only under the lock."""
+        with self._guard:
+            if self._repository is None:
+                self._repository = Repository.open(self.path)
+            return self._repository
+
+    @property
+    def contents(self) -> RepositoryContents:
+        repository = self.repository
+        with self._guard:
+            if self._contents is None:
+                self._contents = RepositoryContents(repository.objects, repository.compression, self._index)
+            return self._contents
+
+    def concerns(self) -> tuple[str, ...]:
+        """What an operator should know before it is too late."""
+        left = self.repository.days_left(int(self._clock()))
+        if left > SOON:
+            return ()
+        when = f"expires in {left} days" if left > 0 else "expires today" if left == 0 else "has expired"
+        return (
+            f"the whitelist of {self.repository.name} {when}, and clients mount no repository without a valid one: "
+            f"run unpacker resign stratum0:{self.path} where the master key is",
+        )
+
+    # The lock --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def lock(self, wait: float = 0) -> Iterator[None]:
+        """Excludes every other run and gc of ours on this target; the official tools are kept out of transactions only.
+
+        Keys that are missing or wrong are a PublishError here, before any work is done.
+        """
+        with self._guard:
+            if not self._depth:
+                self._repository = self._open(wait)
+                self._wait = wait
+                self._made = set()
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._depth -= 1
+                if not self._depth:
+                    self._held.close()
+
+    def _open(self, wait: float) -> Repository:
+        repository = Repository.open(
+            self.path, self.keys, spool_root=self._spool_root, configuration=self._configuration
+        )
+        if self._index is not None:
+            try:
+                os.makedirs(os.path.dirname(self._index), exist_ok=True)
+            except OSError as error:
+                raise posix.failure(error, f"making the state directory {os.path.dirname(self._index)}") from error
+        with ExitStack() as stack:
+            stack.enter_context(repository.lock(wait))
+            self._held = stack.pop_all()
+        return repository
+
+    # What stands there -----------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """The published revision, to be closed by who asked for it."""
+        repository = self.repository
+        root = repository.manifest().root
+        known = self._known
+        same = known[1] if known is not None and known[0] == root.hex else None
+        reader = Reader(repository.objects, root)
+        try:
+            found = Snapshot(reader, self.contents, f"the repository {repository.name}", same)
+        except BaseException:
+            reader.close()
+            raise
+        self._known = (root.hex, found.index)
+        return found
+
+    def published(self) -> Mapping[str, Published | Unreadable]:
+        """What stands published, by public path. A link without its record is Unreadable; a record without its link is
+        no published name."""
+        with self.snapshot() as found:
+            return found.published(self._parsed)
+
+    def root(self, image_id: str, rules: str) -> str | None:
+        """The complete root of this image composed under these rules, if the target has one that is sound."""
+        with self.snapshot() as found:
+            name = found.root(image_id, rules)
+        return None if name is None else root_path(name)
+
+    def room(self, size: int, entries: int) -> None:
+        """Raises PublishError if the file system cannot take this many bytes more. Most entries become rows of a
+        catalog, not inodes."""
+        posix.check_room(self.path, size, 0)
+
+    def noted(self, name: str) -> bytes | None:
+        """What `.metadata/<name>` holds, if it is there."""
+        with self.snapshot() as found:
+            return found.file(f"{METADATA}/{name}")
+
+    # Change ----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def transaction(self, message: str) -> Iterator[Stratum0Transaction]:
+        """Exclusive change in preparation, also against the official tools; leaving cleanly publishes one revision,
+        leaving by exception nothing."""
+        with self.lock(self._wait):
+            with self._guard:
+                if self._in_transaction:
+                    raise PublishError(f"a transaction of this run on {self.path} is open already ({message})")
+                self._in_transaction = True
+            try:
+                repository, now = self.repository, int(self._clock())
+                with cvmfs_transaction(repository, now=now, wait=self._wait) as within, self.snapshot() as before:
+                    with repository.objects.batch() as batch:
+                        transaction = Stratum0Transaction(
+                            repository,
+                            self.contents,
+                            batch,
+                            before,
+                            within.base.root,
+                            made=frozenset(self._made),
+                            layers_view=self._layers_view,
+                            limits=self._limits,
+                            now=now,
+                        )
+                        yield transaction
+                        edited = transaction.prepare()
+                    # All that the new root reaches is durable now; this is the switch.
+                    if edited is not None:
+                        within.publish(edited.root, edited.size, now=now)
+                        self._made |= transaction.made
+            finally:
+                self._in_transaction = False
