@@ -26,12 +26,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("claims",),
     ("imagelist", "recipe"),
     ("wishlist",),
-    ("plan", "status", "rootfs", "listing"),
+    ("plan", "status", "rootfs", "listing", "layersview"),
     ("report",),
     # acts: thin
     ("settings", "journal", "cache", "lock", "resolve", "tar", "compression", "logs"),
     ("registry", "publish", "cvmfs", "layer", "proposal"),
     ("verify", "gc", "receipts"),
+    ("audit",),
     # top
     ("pools",),
     ("flatten",),
@@ -41,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 RULES = {"document", "tags", "wish", "claims", "imagelist", "recipe", "wishlist", "plan", "status", "rootfs", "listing"}
+RULES |= {"layersview"}
 RULES |= {"report", "tree", "record", "reference", "oci", "image", "changeset", "limits", "errors"}
 ACTING = {
     "os",

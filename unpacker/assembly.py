@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from unpacker import journal
 from unpacker.contracts import Registry
@@ -13,13 +15,22 @@ from unpacker.errors import PublishError, SettingsError, WishlistError
 from unpacker.image import Image
 from unpacker.publish.directory import DirectoryPublisher
 from unpacker.reconcile import Request
-from unpacker.record import Published
+from unpacker.record import Published, Unreadable
 from unpacker.reference import Reference
 from unpacker.registry.client import Access
 from unpacker.registry.layout import Layout
 from unpacker.rootfs import Policy
 from unpacker.settings import Settings, wishlist_identity
+from unpacker.verify import Problem, verify
 from unpacker.wishlist import Wishlist
+
+if TYPE_CHECKING:
+    # Signatures and catalogs take a tenth of a second to import, which who has a directory as target does not pay.
+    from unpacker.gc import Collected
+    from unpacker.publish.stratum0 import Stratum0Publisher
+    from unpacker.publish.unreferenced import Collected as NativelyCollected
+
+    Target = DirectoryPublisher | Stratum0Publisher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,19 +45,69 @@ class Choice:
     layout: str | None = None
 
 
-def publisher(settings: Settings) -> DirectoryPublisher:
+_STRATUM0 = "stratum0:"
+_DAY = 86_400
+
+
+def publisher(settings: Settings) -> Target:
     """The target that the settings name; SettingsError if there is none, or of a kind this version cannot write."""
     target = settings.target
     if not target:
-        raise SettingsError("no target: say --target DIRECTORY, or set it in unpacker.toml or UNPACKER_TARGET")
-    if target.startswith("stratum0:"):
-        raise SettingsError("stratum0: targets are not supported by this version; name a directory")
+        raise SettingsError(
+            "no target: say --target DIRECTORY or stratum0:DIRECTORY, or set it in unpacker.toml or UNPACKER_TARGET"
+        )
+    if target.startswith(_STRATUM0):
+        from unpacker.publish.stratum0 import Stratum0Publisher
+
+        directory = stratum0(target)
+        return Stratum0Publisher(
+            directory,
+            settings.keys,
+            index=f"{journal.directory(settings.state_directory, os.path.realpath(directory))}/known-contents",
+            layers_view=settings.layers_view,
+            limits=settings.limits,
+        )
     if target.startswith("/cvmfs/"):
         raise SettingsError("targets below /cvmfs are not supported by this version; name a directory")
     return DirectoryPublisher(target)
 
 
-def existing(settings: Settings) -> DirectoryPublisher:
+def stratum0(target: str) -> str:
+    """The directory of a repository, from how a target names it; SettingsError if it names something else."""
+    directory = target.removeprefix(_STRATUM0)
+    if directory == target or not directory:
+        raise SettingsError(f"not a native repository: {target!r}; name it as stratum0:DIRECTORY")
+    return os.path.abspath(directory)
+
+
+def problems(
+    target: Target, standing: Mapping[str, Published | Unreadable], wanted: Collection[str], *, quick: bool
+) -> Iterator[Problem]:
+    """What is wrong with some of the published names; if it is all, with a native repository as a whole, too."""
+    if isinstance(target, DirectoryPublisher):
+        yield from verify(target.path, [standing[name] for name in wanted], quick=quick)
+        return
+    from unpacker.audit import audit
+
+    for problem in audit(target, standing, quick=quick, now=time.time()):
+        if problem.public_path in wanted or len(wanted) == len(standing):
+            yield problem
+
+
+def collect(target: Target, settings: Settings, *, dry_run: bool) -> Collected | NativelyCollected:
+    """Removes from a target what nothing refers to any more, under its lock."""
+    grace, now = settings.grace_days * _DAY, time.time()
+    if isinstance(target, DirectoryPublisher):
+        from unpacker import gc
+
+        return gc.collect(target, grace=grace, now=now, dry_run=dry_run)
+    from unpacker.publish import unreferenced
+
+    keep = settings.keep_revisions_days * _DAY
+    return unreferenced.collect(target, grace=grace, keep=keep, now=now, dry_run=dry_run)
+
+
+def existing(settings: Settings) -> Target:
     """The target, which must be there: where nothing is, nothing can be verified, collected or removed, and a path
     with a typing error would look like a target in the best of order."""
     target = publisher(settings)
@@ -117,10 +178,8 @@ def request(found: Wishlist, path: str, settings: Settings, choice: Choice) -> R
     asked: Registry = registry(settings) if choice.layout is None else _layout(choice.layout, settings)
     damaged: frozenset[str] = frozenset()
     if choice.rebuild:
-        from unpacker.verify import verify
-
-        standing = target.published().values()
-        damaged = frozenset(p.public_path for p in verify(target.path, list(standing), quick=False))
+        standing = target.published()
+        damaged = frozenset(p.public_path for p in problems(target, standing, standing, quick=False)) - {""}
     return Request(
         wishes=found.wishes,
         owner=None if choice.anonymous else settings.wishlist_id or wishlist_identity(path),

@@ -46,7 +46,7 @@ EXIT_CHANGES = 10
 _WISHLIST_LIMIT = 8 << 20
 
 WishlistPath = Annotated[str, typer.Argument(metavar="WISHLIST", help="wishlist.yaml, a DUCC recipe or an OSG list")]
-Target = Annotated[str | None, typer.Option("--target", "-t", help="Where to publish: a directory.")]
+Target = Annotated[str | None, typer.Option("--target", "-t", help="A directory, or stratum0:DIRECTORY.")]
 State = Annotated[str | None, typer.Option("--state", help="Directory of journals and caches.")]
 Config = Annotated[str | None, typer.Option("--config", "-c", help="The operator's unpacker.toml.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="How many layers to read at once.")]
@@ -59,6 +59,8 @@ Only = Annotated[str | None, typer.Option("--only", metavar="PATTERN", help="Onl
 Rebuild = Annotated[bool, typer.Option("--rebuild", help="Publish damaged roots and those of older rules anew.")]
 AllowRemovals = Annotated[bool, typer.Option("--allow-removals", help="Remove however many are not wished any more.")]
 ReportFile = Annotated[str | None, typer.Option("--report", metavar="FILE", help="Write a report: .json or .md")]
+Keys = Annotated[str | None, typer.Option("--keys", metavar="DIR", help="The repository's keys. [DIRECTORY.keys]")]
+Repository = Annotated[str, typer.Argument(metavar="stratum0:DIRECTORY", help="Where the repository is, or shall be.")]
 Wait = Annotated[float | None, typer.Option("--lock-wait", metavar="SECONDS", help="Wait for a busy target.")]
 
 
@@ -335,6 +337,7 @@ def status(
         found = _read_wishlist(wishlist)
         _print_faults(found)
         wishes = found.wishes
+    _warn(publisher.concerns())
     history = journal.load(assembly.state(settings))
     rows = standing(wishes, publisher.published(), history.failures, history.vanished, history.expansions)
     now = int(time.time())
@@ -363,15 +366,13 @@ def verify(
     json: Json = False,
 ) -> None:
     """Compare published trees with their records; exit 5 if anything differs."""
-    from unpacker.verify import verify as check
-
     settings = _settings(config, target=target)
     publisher = assembly.existing(settings)
     standing = publisher.published()
     wanted = _published_names(images, standing)
     problems = [
         {"name": p.public_path, "path": p.path, "problem": p.what}
-        for p in check(publisher.path, [standing[w] for w in wanted], quick=quick)
+        for p in assembly.problems(publisher, standing, wanted, quick=quick)
     ]
     if json:
         print(report.as_json({"checked": len(wanted), "problems": problems}), end="")
@@ -388,6 +389,10 @@ def gc(
     grace: Annotated[
         float | None, typer.Option("--grace", min=0, metavar="DAYS", help="How long unreferenced roots stay.")
     ] = None,
+    keep_revisions: Annotated[
+        float | None,
+        typer.Option("--keep-revisions", min=0, metavar="DAYS", help="How long a repository's old revisions stay."),
+    ] = None,
     state: State = None,
     config: Config = None,
     lock_wait: Wait = None,
@@ -396,12 +401,14 @@ def gc(
 ) -> None:
     """Delete roots and contents that no name refers to, after a grace period."""
     from unpacker.cache import prune
-    from unpacker.gc import collect
+    from unpacker.gc import Collected
 
-    settings = _settings(config, target=target, state=state, grace_days=grace, lock_wait=lock_wait)
+    settings = _settings(
+        config, target=target, state=state, grace_days=grace, keep_revisions_days=keep_revisions, lock_wait=lock_wait
+    )
     publisher = assembly.existing(settings)
     with nullcontext() if dry_run else publisher.lock(settings.lock_wait):
-        found = collect(publisher, grace=settings.grace_days * 86_400, now=time.time(), dry_run=dry_run)
+        found = assembly.collect(publisher, settings, dry_run=dry_run)
     if not dry_run:
         prune(assembly.state(settings), unused_for=90 * 86_400)
     if json:
@@ -412,7 +419,44 @@ def gc(
     print(
         f"{len(found.roots)} roots and {found.contents} contents {'to delete' if dry_run else 'deleted'}, "
         f"{report.size(found.freed)}; {found.waiting} roots wait for their grace period"
+        + (f"; {found.revisions} old revisions" if not isinstance(found, Collected) else "")
     )
+
+
+@app.command()
+def init(
+    repository: Repository,
+    name: Annotated[str, typer.Option("--name", help="The repository's name, such as unpacked.example.org.")],
+    keys: Keys = None,
+    compression: Annotated[str, typer.Option("--compression", metavar="dense|fast|stock")] = "dense",
+    hash_: Annotated[str, typer.Option("--hash", metavar="sha1|rmd160|shake128", help="Of objects.")] = "sha1",
+    days: Annotated[int, typer.Option("--days", min=1, help="How long the whitelist is good for.")] = 30,
+) -> None:
+    """Make an empty CernVM-FS repository, with keys if there are none."""
+    from unpacker.cvmfs.repository import Repository as Native
+
+    directory = assembly.stratum0(repository)
+    made = Native.create(directory, name, keys, compression=compression, hash=hash_, days=days, now=int(time.time()))
+    where = keys or f"{directory}.keys"
+    print(
+        f"made {made.name} in {directory}; its keys are in {where}: back them up, and give {made.name}.pub to clients"
+    )
+    print(f"its whitelist expires in {days} days: run `unpacker resign {repository}` before that")
+
+
+@app.command()
+def resign(
+    repository: Repository,
+    keys: Keys = None,
+    days: Annotated[int, typer.Option("--days", min=1, help="How long from now on it is good for.")] = 30,
+) -> None:
+    """Renew the whitelist of a CernVM-FS repository, without which no client mounts it; needs the master key."""
+    from unpacker.cvmfs.repository import Repository as Native
+
+    directory = assembly.stratum0(repository)
+    native = Native.open(directory)
+    renewed = native.resign(keys or f"{directory}.keys", days=days, now=int(time.time()))
+    print(f"the whitelist of {native.name} is good until {report.moment(renewed.expires)}")
 
 
 # -- what verbs share -------------------------------------------------------------------------------------------
@@ -434,6 +478,7 @@ def _carry_out(
 
     began = time.monotonic()
     request = assembly.request(found, path, settings, choice)
+    _warn(request.publisher.concerns())
     _check_report(report_file)
     assembly.prepare_state(settings)
     with shown(quiet=quiet or json) as progress:
@@ -450,7 +495,7 @@ def _carry_out(
     _warn_of_nothing(choice.only, result.survey.resolution)
     errors = [e for e in (*(o.error for o in result.outcomes), *(u.error for u in unresolved)) if e is not None]
     # Of a single image its own error says more than "some wishes failed".
-    code = errors[0].exit_code if choice.anonymous and errors else exit_code(result, sound=found.sound)
+    code = errors[0].exit_code if choice.anonymous and errors else exit_code(result, sound=found.sound, ignored=found.ignore_errors)
     if json:
         print(report.as_json(value), end="")
     elif code or not quiet:

@@ -140,6 +140,9 @@ class Publisher(Protocol):
     def room(self, size: int, entries: int) -> None:
         """Raises PublishError if the target cannot take this many bytes and inodes more."""
 
+    def concerns(self) -> tuple[str, ...]:
+        """What an operator should know of this target before it is too late; never raises for what is wrong with it."""
+
     def noted(self, name: str) -> bytes | None:
         """What `.metadata/<name>` holds, if it is there."""
 

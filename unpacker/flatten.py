@@ -12,7 +12,7 @@ from typing import Any
 
 from unpacker.cache import ChangesetCache
 from unpacker.changeset import Changeset
-from unpacker.contracts import ContentStore, RegistryLocator
+from unpacker.contracts import ContentStore, RegistryLocator, Stacked
 from unpacker.errors import ImageError, IntegrityError, RegistryError
 from unpacker.image import Image, Layer
 from unpacker.layer import LayerJob, read_layer
@@ -37,7 +37,10 @@ class Layers:
         contents: ContentStore,
         policy: Policy,
         limits: Limits,
+        keep_layers: bool = False,
     ) -> None:
+        """With `keep_layers` a grown image has its layers at hand, too."""
+        self.keep_layers = keep_layers
         self._pools = pools
         self._cache = cache
         self._registry = registry
@@ -180,6 +183,7 @@ class Growing:
         self.image = image
         self.tree = EMPTY
         self.entries = 0
+        self.stacked: list[Stacked] = []
         self._size = 0
         self._applied = 0
         self._layers = layers
@@ -193,6 +197,9 @@ class Growing:
             if changeset is None:
                 return False
             self._count(changeset)
+            if self._layers.keep_layers:
+                layer = self.image.layers[self._applied]
+                self.stacked.append(Stacked(layer=layer, changeset=changeset, below=self.tree))
             self._applied += 1
             known = self._layers.chain(keys[: self._applied])
             self.tree = known if known is not None else apply(self.tree, changeset, self._limits)

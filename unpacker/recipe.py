@@ -6,6 +6,9 @@ DUCC's patterns, which are regular expressions by accident, a warning says so.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from unpacker.claims import Claims
 from unpacker.document import Findings, Mapping, Node, Scalar, Sequence, shown
 from unpacker.oci import Platform
@@ -16,6 +19,7 @@ _NOTICES = {
     "output_format": "ignored: it names thin images, which are not made",
     "cvmfs_repo": "ignored: the target belongs to the operator's settings (--target)",
 }
+_GLOB = re.compile(r"\[\^?(?:\\.|[^\]\\])+\]|\\.|.", re.DOTALL)
 _KNOWN = frozenset({"version", "input", "ignoreErrors", *_NOTICES})
 
 
@@ -32,6 +36,31 @@ def read_recipe(root: Mapping, platform: Platform, claims: Claims, findings: Fin
     for node in _items(inputs, "input", findings):
         _read_input(node, platform, claims, findings)
     return tuple(node.text for node in _items(root.get("ignoreErrors"), "ignoreErrors", findings))
+
+
+def is_ignored(name: str, patterns: Iterable[str]) -> bool:
+    """Whether failures of an image, by its name without a scheme, are not to change the exit code.
+
+    The patterns are Go's `filepath.Match` on the image as a recipe writes it: `*` and `?` stop at a slash. One that Go
+    would call malformed matches nothing.
+    """
+    return any(_matches(pattern, text) for pattern in patterns for text in (name, f"https://{name}", f"http://{name}"))
+
+
+def _matches(pattern: str, text: str) -> bool:
+    parts = []
+    for part in _GLOB.findall(pattern):
+        if part in ("*", "?"):
+            parts.append("[^/]*" if part == "*" else "[^/]")
+        elif len(part) > 2 and part[0] == "[":
+            # A set means the same to both, but for the slash, which an escaped or plain one in it may match.
+            parts.append(part)
+        else:
+            parts.append(re.escape(part[-1]))
+    try:
+        return re.fullmatch("".join(parts), text) is not None
+    except re.error:
+        return False
 
 
 def _items(node: Node | None, key: str, findings: Findings) -> tuple[Scalar, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -18,13 +18,14 @@ from typing import Any, Protocol
 
 from unpacker import __version__, journal, logs
 from unpacker.cache import ChangesetCache
-from unpacker.contracts import Publisher, Registry, Release
+from unpacker.contracts import Publisher, Registry, Release, Stacked
 from unpacker.errors import ImageError, PublishError, RegistryError, UnpackerError, UnsafePlan
 from unpacker.flatten import Growing, Layers
 from unpacker.image import Image
 from unpacker.limits import Limits
 from unpacker.plan import Action, Done, Outcome, Plan, Resolution, Rules, Verb, plan
 from unpacker.pools import ASKING_THREADS, Pools
+from unpacker.recipe import is_ignored
 from unpacker.record import Published, Unreadable
 from unpacker.report import status_note
 from unpacker.resolve import fetch, resolve, unforeseen, unreachable
@@ -207,6 +208,7 @@ class _Ready:
     altered: Mapping[str, int]
     entries: int
     since: float
+    layers: tuple[Stacked, ...] = ()
 
 
 class _Run:
@@ -223,6 +225,7 @@ class _Run:
             contents=request.publisher.contents,
             policy=request.policy,
             limits=request.limits,
+            keep_layers=request.publisher.wants_layers,
         )
 
     def carry_out(self, plan: Plan) -> Iterator[Outcome]:
@@ -290,7 +293,7 @@ class _Run:
     def _complete(self, job: _Job, image: Growing) -> _Ready:
         self._request.publisher.room(0, image.entries + image.tree.implied)
         tree, altered = prepare(image.tree, image.image.config, self._request.policy)
-        return _Ready(job, image.image, tree, altered, image.entries, time.monotonic())
+        return _Ready(job, image.image, tree, altered, image.entries, time.monotonic(), tuple(image.stacked))
 
     def _transact(self, ready: Sequence[_Ready]) -> Iterator[Outcome]:
         """Publishes images together; if the target refuses them together, one by one."""
@@ -300,8 +303,9 @@ class _Run:
             with self._request.publisher.transaction(f"publish {names}") as transaction:
                 for one in ready:
                     tree = one.tree
-                    for action in one.job.actions:
-                        release = self._release(action, one.image, tree, one.altered)
+                    # A damaged root's own name first: a tree for it is what asks the target for another root.
+                    for action in sorted(one.job.actions, key=lambda a: a.public_path not in self._request.damaged):
+                        release = self._release(action, one, tree)
                         done.append((one, action, transaction.publish(release)))
                         tree = None  # the other names of this image link to the root just made
         except Exception as error:  # noqa: BLE001 - one image's failure, whatever it is, is its own
@@ -323,7 +327,8 @@ class _Run:
                 published=published,
             )
 
-    def _release(self, action: Action, image: Image, tree: Tree | None, altered: Mapping[str, int]) -> Release:
+    def _release(self, action: Action, ready: _Ready, tree: Tree | None) -> Release:
+        image = ready.image
         pinned, before = action.after, action.before
         assert pinned is not None
         owner = before.wishlist if isinstance(before, Published) and before.wishlist else self._request.owner
@@ -339,11 +344,11 @@ class _Run:
             published=int(self._request.clock()),
             compressed=image.manifest.compressed_size,
             layers=tuple(str(layer.descriptor.digest) for layer in image.layers),
-            altered=altered,
+            altered=ready.altered,
             gpu=pinned.gpu,
             tool=f"unpacker {__version__}",
         )
-        return Release(image=image, record=record, tree=tree)
+        return Release(image=image, record=record, tree=tree, layers=() if tree is None else ready.layers)
 
     def _attach(self, published: Published, image: Image) -> None:
         if self._request.attach is None:
@@ -377,8 +382,9 @@ class _Run:
             yield Outcome(action=action, done=done, error=error)
 
 
-def exit_code(result: Result, *, sound: bool) -> int:
-    """What a run comes to for who called it; the gravest matter wins."""
+def exit_code(result: Result, *, sound: bool, ignored: Collection[str] = ()) -> int:
+    """What a run comes to for who called it; the gravest matter wins. Failures of images alone that match a recipe's
+    `ignored` patterns count for nothing."""
     failed = [o.error for o in result.outcomes if o.error is not None]
     if result.troubles or any(isinstance(error, PublishError) for error in failed):
         return PublishError.exit_code
@@ -386,7 +392,10 @@ def exit_code(result: Result, *, sound: bool) -> int:
         return UnsafePlan.exit_code
     if unreachable(result.survey.resolution):
         return RegistryError.exit_code
-    return 1 if failed or result.survey.plan.unresolved or not sound else 0
+    names = [o.action.public_path for o in result.outcomes if o.error is not None]
+    # Where not even the tags are known, the whole wish failed, which a recipe writes with its wildcard.
+    names += [u.name if u.reference is not None else f"{u.name}:*" for u in result.survey.plan.unresolved]
+    return 1 if not sound or not all(is_ignored(name, ignored) for name in names) else 0
 
 
 def _is_due(ready: Sequence[_Ready], *, more_to_come: bool) -> bool:

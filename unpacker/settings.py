@@ -59,6 +59,9 @@ class Settings(BaseModel):
     connections_per_host: int = Field(default=8, gt=0)
     keep_vanished_days: float | None = Field(default=None, ge=0)
     grace_days: float = Field(default=7, ge=0)
+    keep_revisions_days: float = Field(default=3, ge=0)
+    keys: str | None = None
+    layers_view: bool = True
     lock_wait: float = Field(default=0, ge=0)
     limits: Limits = Limits()
     receipts: Receipts | None = None

@@ -15,7 +15,19 @@ from unpacker.cvmfs.counters import NAMES, NOTHING, Counters, Tally
 from unpacker.cvmfs.hash import ContentHash
 from unpacker.cvmfs.objects import ObjectStore
 from unpacker.cvmfs.repository import CATALOG_LIMIT
-from unpacker.cvmfs.row import BIND_MOUNT_POINT, CATALOG_ROOT, CHUNKED, EXTERNAL, MARKER, MOUNT_POINT, Chunk, Row, tally
+from unpacker.cvmfs.row import (
+    BIND_MOUNT_POINT,
+    CATALOG_ROOT,
+    CHUNKED,
+    EXTERNAL,
+    MARKER,
+    MOUNT_POINT,
+    SPECIAL,
+    SYMLINK,
+    Chunk,
+    Row,
+    tally,
+)
 from unpacker.cvmfs.row import key as path_key
 from unpacker.errors import PublishError
 
@@ -45,7 +57,7 @@ class _Mounted:
     own: Tally = NOTHING
     below: Tally = NOTHING
     is_known: bool = False
-    """Whether all counters below it could be counted."""
+    """Whether all that is to be counted, in it and below it, could be."""
     inner: list[_Mounted] = field(default_factory=list)
 
     @property
@@ -92,6 +104,7 @@ class _Check:
         self._place = place
         self._revision = revision
         self._seen = 1
+        self._is_whole = True
         self._chunks = 0
         self._mounts: dict[str, Row] = {}
         self._binds: set[str] = set()
@@ -132,13 +145,16 @@ class _Check:
         yield from self._references(catalog)
         rows, chunks = catalog.count(), catalog.count_chunks()
         if rows != self._seen:
+            self._is_whole = False
             yield Problem(place.where, f"dangling rows: of {rows} rows in its catalog {self._seen} can be reached")
         if chunks != self._chunks:
+            self._is_whole = False
             yield Problem(place.where, f"dangling chunks: of {chunks} in its catalog {self._chunks} belong to a file")
         self._counts["nested"] = len(self._mounts)
         place.own = Tally(**self._counts)
-        place.is_known = True
-        if catalog.schema_revision >= _OLDEST_COUNTED:
+        # What is wrong already would show in all counters up to the root again.
+        place.is_known = self._is_whole
+        if place.is_known and catalog.schema_revision >= _OLDEST_COUNTED:
             place.stated = catalog.counters
             yield from _differences(place.where, "self", catalog.counters.own, place.own)
 
@@ -167,6 +183,7 @@ class _Check:
             self._seen += len(children)
             if row.flags & MOUNT_POINT or row.flags & BIND_MOUNT_POINT:
                 if children:
+                    self._is_whole = False
                     yield Problem(path, "a mount point of another catalog, but this one has names in it, too")
                 continue
             where = path or "/"
@@ -208,7 +225,7 @@ class _Check:
         self._chunks += len(chunks)
         self._count(row, len(chunks))
         yield from (Problem(path, fault) for fault in file_faults(row, chunks))
-        if not row.flags & EXTERNAL:
+        if not row.flags & (EXTERNAL | SYMLINK | SPECIAL):
             yield from self._contents(path, row, chunks)
 
     def _contents(self, path: str, row: Row, chunks: tuple[Chunk, ...]) -> Iterator[Problem]:
@@ -236,6 +253,7 @@ class _Check:
         ]
 
     def _unmatched(self, points: set[str], named: Mapping[str, Nested], what: str) -> Iterator[Problem]:
+        self._is_whole &= points == named.keys()
         for path in sorted(points - named.keys()):
             yield Problem(path, f"a mount point of a {what} that is not named")
         for path in sorted(named.keys() - points):

@@ -144,6 +144,9 @@ class DirectoryPublisher:
         """Raises PublishError if the file system cannot take this many bytes and inodes more, with some to spare."""
         posix.check_room(self.path, size, entries)
 
+    def concerns(self) -> tuple[str, ...]:
+        return ()
+
     def noted(self, name: str) -> bytes | None:
         """What `.metadata/<name>` holds, if it is there."""
         try:

@@ -6,6 +6,7 @@ between them, the last of which is JSON.
     unpacker  <version>
     name      <public path>  <root>  <record>
     root      <root's name>  <facts>
+    layer     <hex of the digest of a layer that is published as a directory>
 
 Lines are parsed when they are asked for: a publish touches few of them. The records of single names, for other readers
 and for making a lost index anew, are beside it in `.metadata/<public path>/`.
@@ -38,10 +39,11 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """All names by public path, all roots of ours by their name."""
+    """All names by public path, all roots of ours by their name, all layers of ours by their digest."""
 
     names: Mapping[str, Line]
     roots: Mapping[str, bytes]
+    layers: frozenset[str]
 
     @classmethod
     def parse(cls, data: bytes, what: str) -> Index:
@@ -58,6 +60,7 @@ class Index:
             raise PublishError(f"{what} was written by another version of unpacker: use that version, or a newer one")
         names: dict[str, Line] = {}
         roots: dict[str, bytes] = {}
+        layers: set[str] = set()
         for line in lines[:-1]:
             kind, _, rest = line.partition(b"\t")
             key, tab, rest = rest.partition(b"\t")
@@ -66,9 +69,11 @@ class Index:
                 names[key.decode("utf-8", "surrogateescape")] = Line(root.decode("utf-8", "surrogateescape"), record)
             elif kind == b"root" and tab:
                 roots[key.decode("utf-8", "surrogateescape")] = rest
+            elif kind == b"layer" and not tab:
+                layers.add(key.decode("utf-8", "surrogateescape"))
             else:
                 raise ValueError(f"a line of unknown kind: {line[:50]!r}")
-        return cls(names, roots)
+        return cls(names, roots, frozenset(layers))
 
     def serialise(self) -> bytes:
         """The same names and roots give the same bytes."""
@@ -76,6 +81,7 @@ class Index:
         for name, line in sorted(self.names.items()):
             lines.append(b"\t".join((b"name", _bytes(name), _bytes(line.root), line.record)))
         lines.extend(b"\t".join((b"root", _bytes(name), facts)) for name, facts in sorted(self.roots.items()))
+        lines.extend(b"layer\t" + _bytes(name) for name in sorted(self.layers))
         return zstandard.ZstdCompressor(level=3).compress(b"\n".join((*lines, b"")))
 
     def facts(self, name: str) -> RootFacts | None:

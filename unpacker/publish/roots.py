@@ -15,6 +15,7 @@ from unpacker.digest import Digest
 
 FLAT = ".flat"
 METADATA = ".metadata"
+LAYERS = ".layers"
 UNREFERENCED = f"{METADATA}/unreferenced.json"
 
 _NOTE = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -59,6 +60,11 @@ class RootFacts:
 def root_path(name: str) -> str:
     """The path of the root called `name`, below the target."""
     return f"{FLAT}/{name[:2]}/{name}"
+
+
+def layer_path(hexadecimal: str) -> str:
+    """The path of the directory of a layer, below the target, by the hex of its blob's digest."""
+    return f"{LAYERS}/{hexadecimal[:2]}/{hexadecimal}"
 
 
 def free_name(image_id: str, taken: Collection[str]) -> str:

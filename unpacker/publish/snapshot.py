@@ -16,7 +16,7 @@ from unpacker.cvmfs.row import SYMLINK, content_of
 from unpacker.errors import PublishError
 from unpacker.publish import index as indexes
 from unpacker.publish.index import Index, Line
-from unpacker.publish.roots import METADATA, RootFacts, is_public_name, may_be_registry, names_of, root_path
+from unpacker.publish.roots import METADATA, RootFacts, is_public_name, layer_path, may_be_registry, names_of, root_path
 from unpacker.record import Published, Unreadable
 
 log = logs.Log()
@@ -69,8 +69,14 @@ class Snapshot:
         return self._reader.lookup(f"/{path}") is not None
 
     def children(self, path: str) -> list[str]:
-        """The names in a directory below the target; none if it is not there."""
-        return [posixpath.basename(found.path) for found in self._reader.children(f"/{path}")]
+        """The names in a directory of the target; none if it is not there."""
+        return [posixpath.basename(found.path) for found in self._reader.children(f"/{path}" if path else "")]
+
+    def symlinks(self, path: str) -> Iterator[tuple[str, str]]:
+        """Every symlink from a path on, and its target."""
+        for found in self._reader.walk(f"/{path}"):
+            if found.row.flags & SYMLINK:
+                yield found.path[1:], found.row.symlink
 
     @staticmethod
     def _judged(
@@ -84,11 +90,8 @@ class Snapshot:
             return Unreadable(path, f"its link leads to {root}, its record names {line.root}")
         return indexes.parse_record(path, line.record) if parsed is None else parsed
 
-    def links(self) -> list[tuple[str, str]]:
-        """Every public name and the path of the root that its link leads to, "" where no link stands."""
-        return list(self._links())
-
     def _links(self) -> Iterator[tuple[str, str]]:
+        """Every public name and the path of the root that its link leads to, "" where no link stands."""
         pending = [""]
         while pending:
             directory = pending.pop()
@@ -143,6 +146,7 @@ class Snapshot:
         be ours then, and stay."""
         names: dict[str, Line] = {}
         roots: dict[str, bytes] = {}
+        layers: set[str] = set()
         for path, root in self._links():
             data = self.file(f"{METADATA}/{path}/record.json") if root else None
             record = None if data is None else indexes.parse_record(path, data)
@@ -157,7 +161,10 @@ class Snapshot:
                     layers=record.layers,
                 )
                 roots[posixpath.basename(record.root)] = indexes.root_line(facts)
-        return Index(names, roots)
+                layers.update(
+                    hexadecimal for digest in record.layers if self.has(layer_path(hexadecimal := digest[7:]))
+                )
+        return Index(names, roots, frozenset(layers))
 
 
 def _target(public_path: str, found: Found) -> str:

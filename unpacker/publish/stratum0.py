@@ -91,7 +91,10 @@ class Stratum0Publisher:
 
     def concerns(self) -> tuple[str, ...]:
         """What an operator should know before it is too late."""
-        left = self.repository.days_left(int(self._clock()))
+        try:
+            left = self.repository.days_left(int(self._clock()))
+        except PublishError as error:
+            return (str(error),)
         if left > SOON:
             return ()
         when = f"expires in {left} days" if left > 0 else "expires today" if left == 0 else "has expired"

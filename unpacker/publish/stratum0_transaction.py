@@ -37,15 +37,15 @@ from unpacker.publish.roots import (
     RootFacts,
     free_name,
     is_note,
+    layer_path,
     parse_unreferenced,
     root_path,
     serialise_unreferenced,
 )
 from unpacker.publish.snapshot import Snapshot
-from unpacker.record import Published
+from unpacker.record import Published, Unreadable
 from unpacker.tree import File, Symlink, Tree, walk
 
-LAYERS = ".layers"
 _SHOWN = 3
 
 
@@ -79,6 +79,7 @@ class Stratum0Transaction:
         self._fresh: dict[tuple[str, str], str] = {}
         self._facts: dict[str, RootFacts] = {}
         self._mounts: dict[str, Mount] = {}
+        self._layers: set[str] = set()
         self._records: dict[str, tuple[Published, bytes]] = {}
         self._removed: dict[str, int] = {}
         self._dropped: list[str] = []
@@ -102,13 +103,13 @@ class Stratum0Transaction:
         key = (record.image_id, record.rules)
         before = self._before.get(record.public_path)
         name = self._fresh.get(key) or self._before.root(*key)
-        if name is not None and release.tree is not None and key not in self._fresh and name not in self._made_before:
-            if isinstance(before, Published) and before.root == root_path(name):
-                facts = self._before.facts(name)
-                self._compose(release)
-                if facts is not None:
-                    self._facts[name] = replace(facts, damaged=True)
-                name = self._fresh[key]
+        is_older = name is not None and key not in self._fresh and name not in self._made_before
+        if name is not None and is_older and release.tree is not None and _stands_for(before, name):
+            facts = self._before.facts(name)
+            self._compose(release)
+            if facts is not None:
+                self._facts[name] = replace(facts, damaged=True)
+            name = self._fresh[key]
         if name is None:
             self._compose(release)
             name = self._fresh[key]
@@ -152,6 +153,7 @@ class Stratum0Transaction:
         )
         self._mounts[root_path(name)] = composed.mount
         self._mounts.update(mounts)
+        self._layers.update(path.split("/")[2] for path in mounts)
         self._fresh[record.image_id, record.rules] = name
 
     def _taken(self, image_id: str) -> set[str]:
@@ -163,7 +165,8 @@ class Stratum0Transaction:
         found: dict[str, Tree] = {}
         left_out = 0
         for stacked in layers if self._layers_view else ():
-            path = layer_path(str(stacked.layer.descriptor.digest))
+            hexadecimal = stacked.layer.descriptor.digest.hex
+            path = f"{layer_path(hexadecimal)}/layerfs"
             if path in found or path in self._mounts or self._before.has(path):
                 continue
             tree = layer_tree(stacked.changeset, stacked.below, self._limits)
@@ -247,14 +250,11 @@ class Stratum0Transaction:
         gone = {posixpath.basename(path) for path in self._dropped}
         roots = {name: line for name, line in before.roots.items() if name not in gone}
         roots.update((name, root_line(facts)) for name, facts in self._facts.items())
-        return Index(names, roots)
+        return Index(names, roots, (before.layers | self._layers) - gone)
 
     def _now_unreferenced(self) -> dict[str, int]:
         """When each root lost its last name: what was recorded, and what this transaction takes the last name from."""
-        if self._unreferenced is not None:
-            recorded = self._unreferenced
-        else:
-            recorded = self.recorded()
+        recorded = self.recorded() if self._unreferenced is None else self._unreferenced
         names = self._before.index.names
         after = {path: line.root for path, line in names.items() if path not in self._removed}
         after.update((path, record.root) for path, (record, _) in self._records.items())
@@ -277,10 +277,8 @@ class Stratum0Transaction:
             return {}
 
 
-def layer_path(digest: str) -> str:
-    """Where the directory of a layer is, below the target, by the digest of its blob."""
-    hexadecimal = Digest.parse(digest).hex
-    return f"{LAYERS}/{hexadecimal[:2]}/{hexadecimal}/layerfs"
+def _stands_for(before: Published | Unreadable | None, name: str) -> bool:
+    return isinstance(before, Published) and before.root == root_path(name)
 
 
 def _measure(composed: Composed) -> tuple[int, int]:

@@ -230,7 +230,7 @@ class Client:
         url = f"{mirror.scheme}://{mirror.host}"
         try:
             origin = Origin.of(httpx.URL(url))
-        except httpx.InvalidURL:
+        except (httpx.InvalidURL, ValueError):
             raise RegistryError(f"the pull-through cache for {repository.registry} is no host") from None
         return Endpoint(origin=origin, name=f"{mirror.path}/{own.name}" if mirror.path else own.name)
 
@@ -322,10 +322,11 @@ class Client:
 
 def _called(repository: Repository) -> Endpoint:
     try:
-        url = httpx.URL(f"{repository.scheme}://{repository.api_host}")
-    except httpx.InvalidURL:
+        origin = Origin.of(httpx.URL(f"{repository.scheme}://{repository.api_host}"))
+    except (httpx.InvalidURL, ValueError):
+        # Of ValueErrors: a label that starts with xn-- and is no letters of any alphabet.
         raise RegistryError(f"{repository.registry} is no host that can be called") from None
-    return Endpoint(origin=Origin.of(url), name=repository.api_name)
+    return Endpoint(origin=origin, name=repository.api_name)
 
 
 def _media_type(answer: Answer) -> str:

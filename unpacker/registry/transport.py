@@ -128,6 +128,8 @@ class Answer:
             if after is not None and after > RETRY_AFTER_CAP:
                 message += f"; it asks to be left alone for {after:.0f} s"
             return Later(message, status=self.status, retry_after=after)
+        if self.status in (404, 410):
+            message += "; no such repository, tag or blob there"
         kind = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound}.get(self.status, RegistryError)
         return kind(message, status=self.status)
 
@@ -291,9 +293,10 @@ def _drain(answer: Answer) -> None:
 def _parse(url: str | httpx.URL, what: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
+        host = parsed.host
     except (httpx.InvalidURL, ValueError):
         raise RegistryError(f"{what}: not a URL") from None
-    if parsed.scheme not in _DEFAULT_PORT or not parsed.host:
+    if parsed.scheme not in _DEFAULT_PORT or not host:
         raise Refused(f"{what}: not an http or https URL with a host")
     if parsed.userinfo:
         # httpx would send them as Basic credentials of somebody else's choice.

@@ -1,0 +1,315 @@
+"""Runs in which something goes wrong that is nobody's image: what fails, fails alone, and is told."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.fake_registry import FakeRegistry
+from tests.images import BuiltImage, file, image, layer
+from tests.test_cli import User
+from tests.test_reconcile import APP, Site, done, failures
+from unpacker import journal
+from unpacker.errors import PublishError, RegistryError
+from unpacker.limits import Limits
+from unpacker.plan import Done
+from unpacker.proposal import propose
+from unpacker.reconcile import exit_code, survey
+from unpacker.reference import Repository
+from unpacker.registry.client import Access
+from unpacker.wishlist import parse
+
+
+@pytest.fixture
+def site(tmp_path: Path, registry: FakeRegistry) -> Site:
+    return Site(tmp_path, registry)
+
+
+@pytest.fixture
+def user(tmp_path: Path, registry: FakeRegistry) -> User:
+    return User(tmp_path, registry)
+
+
+def single(text: str) -> BuiltImage:
+    return image(layer(file("text", text.encode())))
+
+
+# -- registries -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["999.1.1.1", "127.999.0.1:1", "[::::1]:8", "1.2.3", "a" * 64 + ".com", "a." * 130 + "b"])
+def test_what_can_be_no_host_is_a_fault_of_the_wishlist(host: str) -> None:
+    with pytest.raises(ValueError, match="no such host"):
+        Repository.parse(f"https://{host}/x/y")
+
+
+@pytest.mark.parametrize("tag", ["1", "1.*"])
+def test_a_host_that_cannot_be_called_fails_alone(site: Site, tag: str) -> None:
+    site.fake.add("org/app", "1", APP)
+    result = site.run("HOST/org/app:1", f"https://xn--zz.com/x/y:{tag}")
+    assert done(result) == {"org/app:1": "published"}
+    assert ["no host that can be called" in str(u.error) for u in result.survey.plan.unresolved] == [True]
+
+
+def test_a_redirect_to_what_is_no_host_is_a_registry_error(site: Site) -> None:
+    site.fake.add("org/app", "1", APP)
+    site.fake.add("org/other", "1", APP)
+    site.fake.redirect["/v2/org/other/manifests/1"] = "https://xn--zz.com/"
+    result = site.run("HOST/org/app:1", "HOST/org/other:1")
+    assert done(result) == {"org/app:1": "published"}
+    assert [type(u.error) for u in result.survey.plan.unresolved] == [RegistryError]
+
+
+@pytest.mark.parametrize("order", [("a/broken", "b/whole"), ("a/whole", "b/broken")])
+@pytest.mark.parametrize("how", ["refused", "corrupt"])
+def test_a_layer_that_one_repository_does_not_give_is_asked_of_the_other(
+    site: Site, order: tuple[str, str], how: str
+) -> None:
+    shared = layer(file("shared", b"x"))
+    broken = next(name for name in order if "broken" in name)
+    for name in order:
+        built = image(shared, layer(file("own", name.encode())))
+        site.fake.add(name, "1", built)
+    digest = next(iter(built.blobs))
+    path = f"^/v2/{broken}/blobs/{digest}"
+    if how == "refused":
+        site.fake.fault(status=404, times=100, path=path)
+    else:
+        site.fake.fault(status=200, times=100, path=path, body=b"?" * len(built.blobs[digest]))
+    result = site.run(*(f"HOST/{name}:1" for name in order))
+    whole = next(f"{name}:1" for name in order if "whole" in name)
+    assert done(result)[whole] == "published"
+    assert all(broken in str(outcome.error) for outcome in failures(result).values())
+
+
+# -- processes --------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_is_killed_harms_neither_the_running_nor_the_later_images(site: Site) -> None:
+    tags = [f"1.{i}" for i in range(12)]
+    for tag in tags:
+        site.fake.add("org/app", tag, single(tag))
+    site.fake.slow = (64, 0.02)
+
+    def kill() -> None:
+        while not any("/blobs/" in r.path and r.method == "GET" for r in site.fake.requests):
+            time.sleep(0.005)
+        for process in multiprocessing.active_children():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = site.run("HOST/org/app:1.*", jobs=2)
+    killer.join()
+    assert done(result) == {f"org/app:{tag}": "published" for tag in tags}
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("where", ["/manifests/", "/blobs/"])
+def test_a_stopped_run_waits_for_no_registry(user: User, where: str, jobs: str) -> None:
+    user.fake.add("org/app", "1.0", APP)
+    user.wishlist("HOST/org/app:1.0")
+    if where == "/manifests/":
+        user.fake.delay = 8
+    else:
+        silent = socket.create_server(("127.0.0.1", 0))
+        user.fake.redirect_blobs = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    run = subprocess.Popen(
+        user.command("reconcile", "--jobs", jobs),
+        cwd=user.path,
+        env=user.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 20
+    while not any(where in r.path for r in user.fake.requests):
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    began = time.monotonic()
+    run.terminate()
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 143, errors
+    assert time.monotonic() - began < 4
+    assert b"Traceback" not in errors
+
+
+# -- what is remembered -----------------------------------------------------------------------------------------
+
+
+def test_no_run_forgets_what_fails_for_another_wishlist(site: Site) -> None:
+    site.fake.add("org/app", "1", APP)
+    site.run("HOST/none/theirs:1", owner="theirs", clock=lambda: 1000.0)
+    site.run("HOST/none/ours:1", owner="ours", clock=lambda: 2000.0)
+    site.run("HOST/org/app:1", owner=None, removals=False, clock=lambda: 2500.0)
+    site.run("HOST/none/theirs:1", owner="theirs", clock=lambda: 3000.0)
+    known = journal.load(str(site.path / "state")).failures
+    assert {k.partition("/")[2]: (f.since, f.times) for k, f in known.items()} == {
+        "none/theirs:1": (1000, 2),
+        "none/ours:1": (2000, 1),
+    }
+
+
+def test_a_wishlist_that_no_longer_runs_is_forgotten_after_a_month(site: Site) -> None:
+    site.run("HOST/none/theirs:1", owner="theirs", clock=lambda: 1000.0)
+    site.run("HOST/none/ours:1", owner="ours", clock=lambda: 1000.0 + 31 * 86_400)
+    known = journal.load(str(site.path / "state")).failures
+    assert [k.partition("/")[2] for k in known] == ["none/ours:1"]
+
+
+def test_two_wishes_for_one_repository_are_remembered_together(site: Site) -> None:
+    for tag in ("1.0", "2.0"):
+        site.fake.add("org/app", tag, single(tag))
+    wishes = "".join(f"- {{image: HOST/org/app, tags: ['{n}.*']}}\n" for n in (1, 2))
+    site.run(text=f"version: 2\nimages:\n{wishes}")
+    (known,) = journal.load(str(site.path / "state")).expansions.values()
+    assert set(known) == {"1.0", "2.0"}
+
+
+def test_a_journal_that_cannot_be_written_keeps_no_run_from_telling_what_it_did(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PublishError("the disk is full")
+
+    site.fake.add("org/app", "1", APP)
+    monkeypatch.setattr(journal, "store", refuse)
+    result = site.run("HOST/org/app:1")
+    assert done(result) == {"org/app:1": "published"}
+    assert [str(trouble) for trouble in result.troubles] == ["the disk is full"]
+    assert exit_code(result, sound=True) == PublishError.exit_code
+
+
+def test_a_damaged_journal_that_cannot_be_set_aside_is_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "journal.json").write_text("[" * 100_000)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert journal.load(str(tmp_path)) == journal.Journal()
+
+
+def test_all_spellings_of_a_target_share_their_state(user: User) -> None:
+    user.fake.add("org/app", "1.0", APP)
+    user.wishlist("HOST/org/app:1.0")
+    (user.path / "link").symlink_to("target")
+    for spelling in ("target", f"{user.target}/", f"{user.path}/./target", "link"):
+        assert user("reconcile", "--target", spelling).returncode == 0
+    assert len(list((user.path / "state").iterdir())) == 1
+
+
+# -- choices ----------------------------------------------------------------------------------------------------
+
+
+def test_only_may_name_a_repository_of_a_registry_with_a_port(site: Site) -> None:
+    site.fake.add("org/app", "1", APP)
+    site.fake.add("org/other", "1", APP)
+    result = site.run("HOST/org/app:1", "HOST/org/other:1", only=f"{site.fake.host}/org/app")
+    assert done(result) == {"org/app:1": "published"}
+
+
+def test_only_may_name_an_image_by_digest(site: Site) -> None:
+    digest = site.fake.add("org/app", "1", APP)
+    result = site.run(f"HOST/org/app@{digest}", only=f"{site.fake.host}/org/app:{digest}")
+    assert done(result) == {f"org/app:{digest}": "published"}
+
+
+def test_a_damaged_root_is_made_anew_though_another_tag_moved_to_its_image(site: Site) -> None:
+    site.fake.add("org/app", "1", single("old"))
+    site.fake.add("org/app", "2", APP)
+    site.run("HOST/org/app:*")
+    damaged = site.root("org/app:2").resolve()
+    site.fake.add("org/app", "1", APP)
+    path = f"{site.fake.host}/org/app:2"
+    result = site.run("HOST/org/app:*", rebuild=True, damaged=frozenset({path}))
+    assert done(result) == {"org/app:1": "updated", "org/app:2": "updated"}
+    assert site.root("org/app:2").resolve() != damaged
+    assert site.root("org/app:1").resolve() == site.root("org/app:2").resolve()
+
+
+def test_two_spellings_of_one_platform_are_one_wish(site: Site) -> None:
+    site.fake.add("org/app", "1.0", image(layer(file("a", b"arm")), architecture="arm64", variant="v8"))
+    wishes = "- {image: 'HOST/org/app:1.*', platform: linux/arm64}\n"
+    wishes += "- {image: 'HOST/org/app:*.0', platform: linux/arm64/v8}\n"
+    plan = survey(site.request(text=f"version: 2\nimages:\n{wishes}")).plan
+    assert not plan.unresolved
+    assert [a.public_path.partition("/")[2] for a in plan.changes] == ["org/app:1.0"]
+
+
+# -- merge requests ---------------------------------------------------------------------------------------------
+
+
+def propose_from(site: Site, old: str, new: str, limits: Limits | None = None) -> dict[str, str]:
+    def wishes(text: str) -> tuple[object, ...]:
+        written = f"version: 2\nimages:\n- {text}\n".replace("HOST", f"http://{site.fake.host}")
+        return parse(written.encode(), "w").wishes
+
+    registry = Access(backoff=0.01, attempts=1, timeout=5).open()
+    with ThreadPoolExecutor(2) as executor:
+        found = propose(wishes(new), wishes(old), registry, executor, limits or Limits())  # type: ignore[arg-type]
+    return {p.name.partition("/")[2]: p.error or p.change for p in found}
+
+
+def test_what_a_list_that_failed_may_still_hold_is_not_shown_as_dropped(site: Site) -> None:
+    site.fake.add("org/app", "1.0", APP)
+    site.fake.fault(status=500, times=100, path="tags/list")
+    found = propose_from(site, "HOST/org/app:1.0", "HOST/org/app:1.*")
+    assert set(found) == {"org/app"}
+
+
+def test_an_image_beyond_the_operators_limits_is_shown_as_refused(site: Site) -> None:
+    site.fake.add("org/app", "1.0", APP)
+    found = propose_from(site, "HOST/org/none:1", "HOST/org/app:1.0", Limits(image_compressed=1))
+    assert "more than" in found["org/app:1.0"]
+
+
+def test_a_fault_of_the_wishlist_cannot_become_markup_of_the_report(user: User) -> None:
+    user.wishlist(name="old.yaml")
+    user.wishlist("'<img src=x>@all'")
+    user("plan", "--against", "old.yaml", "--report", "report.md")
+    text = (user.path / "report.md").read_text()
+    assert "wishlist.yaml:3:3" in text
+    assert "<" not in text
+    assert "@all" not in text
+
+
+# -- streams ----------------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_no_utf8_can_be_printed(user: User) -> None:
+    name = os.fsdecode(b"w\xff.yaml")
+    user.wishlist(name=name)
+    run = user("validate", name, PYTHONIOENCODING="utf-8")
+    assert run.returncode == 0, run.stderr
+    assert "w\\udcff.yaml: 0 wishes" in run.stdout
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_ends_no_run(user: User, closed: str) -> None:
+    user.fake.add("org/app", "1.0", APP)
+    user.wishlist("HOST/org/app:1.0", "alpine:3")
+    run = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m unpacker reconcile {closed}"],
+        cwd=user.path,
+        env=user.environment(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 1, run.stderr
+    assert b"no registry host" not in run.stdout
+    assert (user.target / user.fake.host / "org/app:1.0").is_symlink()
