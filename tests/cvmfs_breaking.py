@@ -6,6 +6,7 @@ Catalogs that are changed are hashed, linked and counted again up to the manifes
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 import struct
 from collections.abc import Callable, Mapping
@@ -98,13 +99,22 @@ def one_of_everything(path: str) -> Repository:
     rebuild(repository, {"": lambda db: db.execute(grouped)})
     data = b'{"administrator": "somebody"}'
     sign(repository, meta_info=repository.store(data, objects.META_INFO))
+    for name in os.listdir(f"{path}/data"):
+        if name != "txn" and not os.listdir(f"{path}/data/{name}"):
+            os.rmdir(f"{path}/data/{name}")  # Copies are made of it again and again.
     return repository
 
 
 def rebuild(repository: Repository, breaks: Mapping[str, Break], *, recount: bool = True) -> None:
-    """Changes catalogs by their mount points, and publishes what comes of it under the same revision."""
-    name, size, _ = _rebuilt(repository, "", repository.manifest().root, breaks, recount)
-    sign(repository, root=name, root_size=size)
+    """Changes catalogs by their mount points; what comes of it takes the place of what is published, tags and all."""
+    old = repository.manifest()
+    assert old.history is not None
+    name, size, _ = _rebuilt(repository, "", old.root, breaks, recount)
+    tags = database(repository.objects.read(old.history, objects.HISTORY))
+    tags.execute("UPDATE tags SET hash = ?, size = ? WHERE hash = ?", (name.hex, size, old.root.hex))
+    history = repository.store(tags.serialize(), objects.HISTORY)
+    write_log(repository, log_of(repository).without({old.root, old.history} - {name, history}))
+    sign(repository, root=name, root_size=size, history=history)
 
 
 def sign(repository: Repository, *, listed: bool = True, **changes: Any) -> None:

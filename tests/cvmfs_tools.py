@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import pytest
 
 from tests.cvmfs_repositories import SWISSKNIFE
 
 SERVER = shutil.which("cvmfs_server")
+BWRAP = shutil.which("bwrap")
+needs_collector = pytest.mark.skipif(
+    SWISSKNIFE is None or BWRAP is None,
+    reason="cvmfs_swissknife or bwrap is not installed: the official garbage collection has not met ours",
+)
 
 
 class Verdict(NamedTuple):
@@ -28,9 +36,19 @@ def scrubbed(directory: str) -> Verdict:
     return _run("scrub", "-r", f"{directory}/data")
 
 
-def _run(*arguments: str, good: str = "") -> Verdict:
+def collected(directory: str, url: str, name: str, keys: str, checksum: str, scratch: str, *, younger: int) -> Verdict:
+    """Runs `cvmfs_swissknife gc`, which keeps tags and what is younger than that Unix time; `checksum` is its file of
+    the hash of the reference log."""
+    upstream = f"local,{directory}/data/txn,{directory}"
+    arguments = ["-r", url, "-u", upstream, "-n", name, "-R", checksum, "-t", scratch, "-k", f"{keys}/{name}.pub"]
+    # It insists on its statistics in this one place, which a test must not write to.
+    inside = [str(BWRAP), "--dev-bind", "/", "/", "--tmpfs", "/var/spool", "--dir", f"/var/spool/cvmfs/{name}"]
+    return _run("gc", *arguments, "-z", str(younger), "-l", inside=inside)
+
+
+def _run(*arguments: str, good: str = "", inside: Sequence[str] = ()) -> Verdict:
     assert SWISSKNIFE is not None, "a test of the official tools runs only where they are"
     # Some of their messages quote names as they are.
-    done = subprocess.run([SWISSKNIFE, *arguments], capture_output=True, timeout=60)
+    done = subprocess.run([*inside, SWISSKNIFE, *arguments], capture_output=True, timeout=60)
     said = (done.stdout + done.stderr).decode(errors="replace")
     return Verdict(done.returncode == 0 and good in said, said)

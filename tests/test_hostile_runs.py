@@ -22,7 +22,6 @@ from tests.test_reconcile import APP, Site, done, failures
 from unpacker import journal
 from unpacker.errors import PublishError, RegistryError
 from unpacker.limits import Limits
-from unpacker.plan import Done
 from unpacker.proposal import propose
 from unpacker.reconcile import exit_code, survey
 from unpacker.reference import Repository
@@ -47,7 +46,9 @@ def single(text: str) -> BuiltImage:
 # -- registries -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host", ["999.1.1.1", "127.999.0.1:1", "[::::1]:8", "1.2.3", "a" * 64 + ".com", "a." * 130 + "b"])
+@pytest.mark.parametrize(
+    "host", ["999.1.1.1", "127.999.0.1:1", "[::::1]:8", "1.2.3", "a" * 64 + ".com", "a." * 130 + "b"]
+)
 def test_what_can_be_no_host_is_a_fault_of_the_wishlist(host: str) -> None:
     with pytest.raises(ValueError, match="no such host"):
         Repository.parse(f"https://{host}/x/y")
@@ -143,6 +144,46 @@ def test_a_stopped_run_waits_for_no_registry(user: User, where: str, jobs: str) 
     assert run.returncode == 143, errors
     assert time.monotonic() - began < 4
     assert b"Traceback" not in errors
+
+
+STOPPED_IN_FORK = """
+import os, signal
+from unpacker.pools import Pools
+class Stopped(BaseException): pass
+def stop(number, frame): raise Stopped
+signal.signal(signal.SIGTERM, stop)
+os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))
+try:
+    Pools(2)
+except Stopped:
+    print("stopped")
+"""
+
+
+def test_a_signal_that_comes_in_a_fork_is_not_lost() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", STOPPED_IN_FORK], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (run.stdout, run.stderr) == ("stopped\n", "")
+
+
+def test_what_is_published_is_for_all_to_read_whatever_the_mask_of_the_publisher(user: User) -> None:
+    user.fake.add("org/app", "1.0", image(layer(file("etc/motd", b"hello"))))
+    user.wishlist("HOST/org/app:1.0")
+    run = subprocess.run(
+        user.command("reconcile"),
+        cwd=user.path,
+        env=user.environment(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+        umask=0o077,
+    )
+    assert run.returncode == 0, run.stderr
+    path = user.target / user.fake.host / "org/app:1.0/etc/motd"
+    while path != user.target.parent:
+        assert path.stat().st_mode & 0o004, path
+        path = path.parent
 
 
 # -- what is remembered -----------------------------------------------------------------------------------------

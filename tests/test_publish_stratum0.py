@@ -334,7 +334,7 @@ class TestLayers:
         layer = changeset(
             Entry("etc", Kind.DIRECTORY, 0o755),
             Entry("etc/motd", Kind.FILE, 0o644, size=5, token=motd.token),
-            whiteouts=("etc/issue",),
+            whiteouts=("issue",),
             opaque=("etc",),
         )
         with publisher.transaction("publish") as transaction:
@@ -347,8 +347,8 @@ class TestLayers:
             assert described(publisher, reader, root) == {
                 "": "d 0755",
                 "etc": "d 0755",
-                "etc/issue": "c 0/0",
                 "etc/motd": "f 0644 hello",
+                "issue": "c 0/0",
             }
             found = reader.lookup(f"{root}/etc")
             assert found is not None

@@ -428,7 +428,9 @@ def init(
     repository: Repository,
     name: Annotated[str, typer.Option("--name", help="The repository's name, such as unpacked.example.org.")],
     keys: Keys = None,
-    compression: Annotated[str, typer.Option("--compression", metavar="dense|fast|stock")] = "dense",
+    compression: Annotated[
+        str, typer.Option("--compression", metavar="dense|fast|stock", help="Of objects.")
+    ] = "dense",
     hash_: Annotated[str, typer.Option("--hash", metavar="sha1|rmd160|shake128", help="Of objects.")] = "sha1",
     days: Annotated[int, typer.Option("--days", min=1, help="How long the whitelist is good for.")] = 30,
 ) -> None:
@@ -495,7 +497,9 @@ def _carry_out(
     _warn_of_nothing(choice.only, result.survey.resolution)
     errors = [e for e in (*(o.error for o in result.outcomes), *(u.error for u in unresolved)) if e is not None]
     # Of a single image its own error says more than "some wishes failed".
-    code = errors[0].exit_code if choice.anonymous and errors else exit_code(result, sound=found.sound, ignored=found.ignore_errors)
+    code = exit_code(result, sound=found.sound, ignored=found.ignore_errors)
+    if choice.anonymous and errors:
+        code = errors[0].exit_code
     if json:
         print(report.as_json(value), end="")
     elif code or not quiet:

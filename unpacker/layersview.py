@@ -13,7 +13,7 @@ from dataclasses import replace
 from unpacker.changeset import Changeset, Entry, Kind
 from unpacker.errors import ImageError
 from unpacker.limits import Limits
-from unpacker.tree import EMPTY, Directory, Node, Special, Tree, apply
+from unpacker.tree import EMPTY, Directory, Node, Special, Tree, apply, walk
 
 OPAQUE = ("trusted.overlay.opaque", b"y")
 WHITEOUT = Special(0, 0, 0, 0, (), Kind.CHARACTER, (0, 0))
@@ -30,51 +30,55 @@ def layer_tree(changeset: Changeset, below: Tree, limits: Limits) -> Tree | None
     """
     if not _stands_alone(changeset):
         return None
-    entries = tuple(entry for entry in changeset.entries if entry.kind not in _DEVICES)
     try:
-        tree = apply(EMPTY, replace(changeset, entries=entries, whiteouts=(), opaque=()), limits)
+        tree = apply(EMPTY, replace(changeset, whiteouts=(), opaque=()), limits)
     except ImageError:
         return None
-    own = {entry.path for entry in entries if entry.kind is Kind.DIRECTORY}
+    own = {entry.path for entry in changeset.entries if entry.kind is Kind.DIRECTORY}
     made = _Overlay(tree.root, below.root, own)
+    for path, node in walk(tree):
+        if type(node) is Special and node.kind in _DEVICES:
+            made.leave_out(path)
+    hidden = {*changeset.whiteouts, *changeset.opaque}
     for path in changeset.whiteouts:
-        made.hide(path)
-    for entry in changeset.entries:
-        if entry.kind in _DEVICES and made.has_below(entry.path):
-            made.hide(entry.path)
+        if not _is_below(path, hidden):
+            made.hide(path)
     for path in changeset.opaque:
-        made.make_opaque(path)
-    root = made.result()
+        if not _is_below(path, hidden):
+            made.make_opaque(path)
+    root = made.result(set(changeset.whiteouts))
     return None if root is None else Tree(root)
 
 
 def _stands_alone(changeset: Changeset) -> bool:
-    """Whether every hard link is to a file that came before it, and no path of the layer goes through a symlink of it.
+    """Whether every hard link is to a file that came before it, and no name is a directory as well as something else.
 
-    A link to what comes later may have meant another layer's file of that name: such a layer is not stacked either.
+    A link to what comes later may have meant another layer's file of that name; and a symlink on a path of the layer
+    leads wherever the layers below say.
     """
     files: set[str] = set()
-    links: set[str] = set()
+    directories = set(changeset.opaque)
     for entry in changeset.entries:
-        if entry.kind is Kind.HARDLINK:
-            if entry.target not in files:
-                return False
-            files.add(entry.path)
-        elif entry.kind is Kind.SYMLINK:
-            links.add(entry.path)
-        if entry.kind is not Kind.DIRECTORY and entry.kind is not Kind.HARDLINK:
-            files.add(entry.path)
-    if not links:
-        return True
-    known: set[str] = set()
+        if entry.kind is Kind.DIRECTORY:
+            directories.add(entry.path)
+            continue
+        if entry.kind is Kind.HARDLINK and entry.target not in files:
+            return False
+        files.add(entry.path)
     for path in (*map(_path, changeset.entries), *changeset.whiteouts, *changeset.opaque):
         above = posixpath.dirname(path)
-        while above and above not in known:
-            if above in links:
-                return False
-            known.add(above)
+        while above and above not in directories:
+            directories.add(above)
             above = posixpath.dirname(above)
-    return not links.intersection(changeset.opaque)
+    return directories.isdisjoint(files)
+
+
+def _is_below(path: str, hidden: set[str]) -> bool:
+    while path:
+        path = posixpath.dirname(path)
+        if path in hidden:
+            return True
+    return False
 
 
 def _path(entry: Entry) -> str:
@@ -93,7 +97,7 @@ class _Overlay:
     def hide(self, path: str) -> None:
         """Hides a name of the layers below; one that this layer brings itself hides them anyway, unless they merge."""
         parent, _, name = path.rpartition("/")
-        directory = self._enter(parent)
+        directory = self._enter(parent) if self._leads_somewhere(parent) else None
         if directory is None:
             return
         node = directory.children.get(name)
@@ -102,8 +106,17 @@ class _Overlay:
         elif type(node) is Directory:
             self.make_opaque(path)
 
+    def leave_out(self, path: str) -> None:
+        """Takes a name away, so that an overlay shows nothing there."""
+        parent, _, name = path.rpartition("/")
+        directory = self._enter(parent)
+        assert directory is not None
+        del directory.children[name]
+        if self.has_below(path):
+            directory.children[name] = WHITEOUT
+
     def make_opaque(self, path: str) -> None:
-        directory = self._enter(path)
+        directory = self._enter(path) if self._leads_somewhere(path) else None
         if directory is None or OPAQUE in directory.xattrs:
             return
         marked = directory._replace(xattrs=tuple(sorted((*directory.xattrs, OPAQUE))))
@@ -111,17 +124,20 @@ class _Overlay:
 
     def has_below(self, path: str) -> bool:
         """Whether the layers below have something where this path leads without following symlinks."""
-        node: Node | None = self._below
-        for name in path.split("/"):
-            node = node.children.get(name) if type(node) is Directory else None
-        return node is not None
+        return _at(self._below, path) is not None
 
-    def result(self) -> Directory | None:
+    def _leads_somewhere(self, path: str) -> bool:
+        """Whether there is anything here or below: what is nowhere need not be hidden, and must not come to be."""
+        return _at(self._root, path) is not None or self.has_below(path)
+
+    def result(self, hidden: set[str]) -> Directory | None:
         """The whole, each directory that the layer only goes through as it is below; None where there is no directory
-        below, but a symlink or a file that the layer did not mean to replace."""
+        below, but a symlink or a file that the layer did not mean to replace. Nothing is below what is `hidden`."""
         pending: list[tuple[str, Node | None]] = [("", self._below)]
         while pending:
             path, below = pending.pop()
+            if path in hidden:
+                below = None
             directory = self._enter(path)
             assert directory is not None
             if path not in self._own and below is not None:
@@ -130,7 +146,7 @@ class _Overlay:
                 kept = tuple(x for x in directory.xattrs if x == OPAQUE)
                 seen = below._replace(children=directory.children, xattrs=tuple(sorted((*below.xattrs, *kept))))
                 directory = self._put(path, seen)
-            inside = below.children if type(below) is Directory else {}
+            inside = below.children if type(below) is Directory and OPAQUE not in directory.xattrs else {}
             for name, node in directory.children.items():
                 if type(node) is Directory:
                     pending.append((f"{path}/{name}" if path else name, inside.get(name)))
@@ -168,3 +184,10 @@ class _Overlay:
             directory.children[name] = fresh
             directory = self._copied[at] = fresh
         return directory
+
+
+def _at(root: Directory, path: str) -> Node | None:
+    node: Node | None = root
+    for name in path.split("/") if path else ():
+        node = node.children.get(name) if type(node) is Directory else None
+    return node

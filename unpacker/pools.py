@@ -10,9 +10,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ T = TypeVar("T")
 A = TypeVar("A")
 
 ASKING_THREADS = 16
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 # Of glibc's malloc.h: parameters of mallopt.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
@@ -40,7 +42,8 @@ class Pools:
         if self._processes:
             layers = ProcessPoolExecutor(jobs, _context(), _start_worker, (os.getpid(),))
             # Forks all workers now, before this process has threads or connections that they would inherit.
-            layers.submit(os.getpid).result()
+            with _signals_held():
+                layers.submit(os.getpid).result()
             self.layers = layers
         else:
             self.layers = ThreadPoolExecutor(1, "layers")
@@ -92,10 +95,22 @@ def _context() -> multiprocessing.context.BaseContext:
     return multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Lets no signal arrive before the end. What a handler raises while the interpreter runs its hooks of fork is
+    printed and lost, and then the locks that those hooks took stay taken."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
 def _start_worker(parent: int) -> None:
     """Makes a worker die with its parent, and leaves Ctrl-C to the parent, which ends the workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

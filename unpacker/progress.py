@@ -23,12 +23,13 @@ def shown(*, quiet: bool) -> Iterator[Progress]:
 
     columns = (
         SpinnerColumn(),
-        BarColumn(),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        # The name takes what is left of the line: a long one is cut, and pushes nothing out.
+        TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
         yield _Drawn(bar, bar.add_task("asking the registries", total=None))
 
 

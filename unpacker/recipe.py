@@ -52,7 +52,9 @@ def _matches(pattern: str, text: str) -> bool:
     for part in _GLOB.findall(pattern):
         if part in ("*", "?"):
             parts.append("[^/]*" if part == "*" else "[^/]")
-        elif len(part) > 2 and part[0] == "[":
+        elif part == "[":
+            return False
+        elif part[0] == "[":
             # A set means the same to both, but for the slash, which an escaped or plain one in it may match.
             parts.append(part)
         else:

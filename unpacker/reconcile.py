@@ -260,6 +260,7 @@ class _Run:
                 except Exception as error:  # noqa: BLE001 - one image's failure, whatever it is, is its own
                     yield from self._failed(job, error)
             self._layers.replace_broken(g.image for _, g in growing)
+            before = len(growing)
             for job, image in list(growing):
                 try:
                     if not image.advance():
@@ -271,6 +272,7 @@ class _Run:
             if _is_due(ready, more_to_come=bool(waiting or opening or growing)):
                 yield from self._transact(ready)
                 ready = []
+            if len(growing) < before:
                 self._layers.forget_all_but(g.image for _, g in growing)
 
     def _open(self, actions: Sequence[Action]) -> _Opened:

@@ -352,9 +352,9 @@ class Catalog:
 
     def _check(self, row: Row) -> None:
         # SQLite takes any type in any column.
-        numbers = (row.hardlinks, row.size, row.mode, row.mtime, row.flags, row.uid, row.gid)
         if not (
-            all(type(number) is int for number in numbers)
+            type(row.hardlinks) is type(row.size) is type(row.mode) is type(row.mtime) is int
+            and type(row.flags) is type(row.uid) is type(row.gid) is int
             and isinstance(row.mtimens, int | None)
             and type(row.name) is type(row.symlink) is str
             and isinstance(row.hash, bytes | None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator, Sequence
 
+from unpacker.cvmfs.hash import SIZE
 from unpacker.cvmfs.row import (
     BIND_MOUNT_POINT,
     CATALOG_ROOT,
@@ -23,11 +24,26 @@ from unpacker.errors import PublishError
 
 DIRECT_IO = 0x10000
 
+_REGULAR = stat.S_IFREG >> 12
 _COMPRESSION = 7 << 11
 _COMPRESSIONS = (0, 1 << 11)
 _NESTING = MOUNT_POINT | CATALOG_ROOT | BIND_MOUNT_POINT
 _SPECIAL_TYPES = (stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 _SAME_IN_GROUP = ("hash", "size", "mode", "mtime", "mtimens", "symlink", "hardlinks")
+
+
+def is_plain(row: Row) -> bool:
+    """Whether a row is of a whole file with nothing special about it and nothing wrong with it; nearly all are."""
+    return (
+        row.flags == FILE
+        and row.hardlinks == 1
+        and row.mode >> 12 == _REGULAR
+        and row.hash is not None
+        and len(row.hash) == SIZE
+        and row.size >= 0
+        and row.xattr is None
+        and not row.symlink
+    )
 
 
 def directory_faults(row: Row) -> Iterator[str]:

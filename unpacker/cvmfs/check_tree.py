@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from unpacker.cvmfs import objects
 from unpacker.cvmfs.catalog import Catalog, Nested
-from unpacker.cvmfs.check_row import directory_faults, file_faults, group_faults
+from unpacker.cvmfs.check_row import directory_faults, file_faults, group_faults, is_plain
 from unpacker.cvmfs.counters import NAMES, NOTHING, Counters, Tally
 from unpacker.cvmfs.hash import ContentHash
 from unpacker.cvmfs.objects import ObjectStore
@@ -33,6 +33,7 @@ from unpacker.errors import PublishError
 
 _OLDEST_COUNTED = 5
 """Catalogs of earlier schema revisions lack some counters."""
+_REMEMBERED = 500_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,14 @@ def check_tree(store: ObjectStore, root: ContentHash, size: int, *, revision: in
     A catalog that cannot be read is one problem, and the others go on. One catalog at a time is in memory.
     """
     top = _Mounted("", Nested(root, size), None)
-    yield from _Check(store, top, revision).problems()
+    present: set[bytes] = set()
+    yield from _Check(store, top, revision, present).problems()
     pending = [top]
     while pending:
         place = pending[-1]
         if place.inner:
             inner = place.inner.pop()
-            yield from _Check(store, inner, None).problems()
+            yield from _Check(store, inner, None, present).problems()
             pending.append(inner)
             continue
         pending.pop()
@@ -97,10 +99,12 @@ def _differences(where: str, kind: str, stated: Tally, counted: Tally) -> Iterat
 
 
 class _Check:
-    """The check of one catalog. Leaves in `place` what those above it need."""
+    """The check of one catalog. Leaves in `place` what those above it need; `present` has the digests of objects of
+    plain files that were found before."""
 
-    def __init__(self, store: ObjectStore, place: _Mounted, revision: int | None) -> None:
+    def __init__(self, store: ObjectStore, place: _Mounted, revision: int | None, present: set[bytes]) -> None:
         self._store = store
+        self._present = present
         self._place = place
         self._revision = revision
         self._seen = 1
@@ -221,6 +225,12 @@ class _Check:
             self._count(row, 0)
             yield from (Problem(path, fault) for fault in directory_faults(row))
             return
+        if is_plain(row):
+            self._counts["regular"] += 1
+            self._counts["file_size"] += row.size
+            if row.hash not in self._present:
+                yield from self._contents(path, row, ())
+            return
         chunks = catalog.chunks(path) if row.flags & CHUNKED else ()
         self._chunks += len(chunks)
         self._count(row, len(chunks))
@@ -238,8 +248,17 @@ class _Check:
             except (PublishError, ValueError) as error:
                 yield Problem(path, str(error))
                 continue
-            if not self._store.has(name, suffix):
+            if self._store.has(name, suffix):
+                if is_plain(row):
+                    self._remember(digest)
+            else:
                 yield Problem(path, f"its {'chunk' if suffix else 'object'} {name}{suffix} is missing")
+
+    def _remember(self, digest: bytes) -> None:
+        # Images share most of their files. Emptied now and then, lest it grow with the repository.
+        if len(self._present) >= _REMEMBERED:
+            self._present.clear()
+        self._present.add(digest)
 
     def _references(self, catalog: Catalog) -> Iterator[Problem]:
         nested, bound = catalog.all_nested(), catalog.bound()

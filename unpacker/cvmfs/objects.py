@@ -10,7 +10,7 @@ import errno
 import itertools
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from unpacker.cvmfs import deflation
@@ -68,6 +68,24 @@ class ObjectStore:
         except OSError as error:
             raise self._failure(error, name, suffix) from error
         return True
+
+    def present(self, names: Iterable[str]) -> set[str]:
+        """Which of these whole files are there for sure, by the text of their hashes; `has` tells of the others."""
+        found = set()
+        try:
+            fd = os.open(f"{self.root}/{_DATA}", posix.DIRECTORY_FLAGS)
+        except OSError as error:
+            raise posix.failure(error, f"opening the object store of {self.root}") from error
+        try:
+            for name in names:
+                try:
+                    os.stat(f"{name[:2]}/{name[2:]}", dir_fd=fd, follow_symlinks=False)
+                except OSError:
+                    continue
+                found.add(name)
+        finally:
+            os.close(fd)
+        return found
 
     def read(self, name: ContentHash, suffix: str = "", *, limit: int = LIMIT) -> bytes:
         """What a compressed object holds: decompressed, verified, and no more than `limit` bytes."""

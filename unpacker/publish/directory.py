@@ -81,7 +81,10 @@ class DirectoryPublisher:
             raise posix.failure(error, f"locking the target {self.path}") from error
 
     def _prepare(self) -> None:
-        os.makedirs(self.path, 0o755, exist_ok=True)
+        if not os.path.isdir(self.path):
+            os.makedirs(self.path, 0o755, exist_ok=True)
+            # Whatever the mask of who runs this: what is published is for all to read.
+            os.chmod(self.path, 0o755)
         for name in (FLAT, METADATA):
             os.close(self.layout.open(name, create=True))
         for name in (OURS, POOL, ROOTS, TXN, TRASH):

@@ -1,0 +1,288 @@
+"""Native repositories as an operator has them: by the command line, judged by our checker and by the official tools."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.cvmfs_repositories import SWISSKNIFE, needs_swissknife, swissknife_check
+from tests.fake_registry import FakeRegistry
+from tests.images import device, directory, fifo, file, hardlink, image, layer, opaque, symlink, whiteout
+from tests.test_cli import User
+
+REPOSITORY = "try.example.org"
+CVMFS2 = shutil.which("cvmfs2")
+BASE = layer(
+    directory("etc"),
+    file("etc/motd", b"hello", uid=7, gid=8, mtime=1_500_000_000.25),
+    file("etc/shadow", b"secret", mode=0o600, uid=0, gid=42),
+    file("etc/caf\udce9", b"x" * 5000, xattrs={"user.color": b"red"}),
+    file("etc/empty"),
+    directory("usr/lib", mode=0o700, uid=1, gid=2),
+    *(file(f"usr/lib/lib{i}.so", bytes([i]) * (100 + i), mode=0o4755) for i in range(12)),
+    hardlink("usr/lib/again.so", "usr/lib/lib1.so"),
+    symlink("lib", "usr/lib"),
+    fifo("run/pipe"),
+    device("dev/null", 1, 3),
+)
+FIRST = image(BASE, layer(file("version", b"1")))
+SECOND = image(BASE, layer(whiteout("etc/motd"), opaque("usr/lib"), *(file(f"opt/{i}", b"n%d" % i) for i in range(8))))
+THIRD = image(BASE, layer(file("lib/through", b"the symlink below")))
+
+
+class Operator(User):
+    """Somebody with a native repository as target."""
+
+    @property
+    def repository(self) -> Path:
+        return self.path / "repo"
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        return super().environment(**{"UNPACKER_TARGET": f"stratum0:{self.repository}", **extra})
+
+    def init(self) -> None:
+        done = self("init", f"stratum0:{self.repository}", "--name", REPOSITORY)
+        assert done.returncode == 0, done.stderr
+
+    def done(self, *arguments: str) -> str:
+        done = self(*arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def check(self) -> None:
+        """Sound for our checker, bytes of all objects included, and for the official one where it is."""
+        said = self("verify")
+        assert said.returncode == 0, said.stdout + said.stderr
+        if SWISSKNIFE is not None:
+            swissknife_check("-c", "-r", str(self.repository))
+
+
+@pytest.fixture
+def operator(tmp_path: Path, registry: FakeRegistry) -> Operator:
+    registry.add("org/app", "1", FIRST)
+    one = Operator(tmp_path, registry)
+    one.init()
+    return one
+
+
+def test_the_life_of_a_repository(operator: Operator, registry: FakeRegistry) -> None:
+    """init, publish, update, remove, gc, resign: sound after each."""
+    operator.check()
+    operator.wishlist("HOST/org/app:*")
+    operator.done("reconcile")
+    operator.check()
+    names = json.loads(operator.done("status", "--json"))["names"]
+    assert [name["state"] for name in names] == ["published"]
+    registry.add("org/app", "1", SECOND)
+    registry.add("org/app", "2", THIRD)
+    operator.done("reconcile")
+    operator.check()
+    operator.wishlist("HOST/org/app:2")
+    operator.done("reconcile")
+    operator.check()
+    collected = json.loads(operator.done("gc", "--grace", "0", "--keep-revisions", "0", "--json"))
+    assert len(collected["roots"]) == 2 and len(collected["layers"]) == 2
+    operator.check()
+    operator.done("gc", "--grace", "0", "--keep-revisions", "0")
+    operator.check()
+    operator.done("resign", f"stratum0:{operator.repository}", "--days", "20")
+    operator.check()
+    assert "1 kept" in operator.done("reconcile")
+
+
+def test_a_run_that_changes_nothing_makes_no_revision(operator: Operator) -> None:
+    operator.wishlist("HOST/org/app:*")
+    operator.done("reconcile")
+    before = (operator.repository / ".cvmfspublished").read_bytes()
+    operator.done("reconcile")
+    assert (operator.repository / ".cvmfspublished").read_bytes() == before
+
+
+def test_an_image_of_known_layers_reads_none(operator: Operator, registry: FakeRegistry) -> None:
+    operator.wishlist("HOST/org/app:*")
+    operator.done("reconcile")
+    registry.add("org/app", "again", image(BASE, layer(file("version", b"1")), Env=["A=1"]))
+    outcomes = json.loads(operator.done("reconcile", "--json"))["outcomes"]
+    assert [o["bytes"] for o in outcomes if o["name"].endswith(":again")] == [0]
+
+
+def test_collected_objects_are_ingested_again(operator: Operator, registry: FakeRegistry) -> None:
+    """Somebody else's garbage collection took what the cache of read layers believes in."""
+    operator.wishlist("HOST/org/app:*")
+    operator.done("reconcile")
+    operator.wishlist()
+    operator.done("reconcile")
+    operator.done("gc", "--grace", "0", "--keep-revisions", "0")
+    operator.done("gc", "--grace", "0", "--keep-revisions", "0")
+    operator.wishlist("HOST/org/app:*")
+    registry.add("org/app", "1", SECOND)
+    operator.done("reconcile")
+    operator.check()
+
+
+def test_lost_and_damaged_objects_are_told_by_name_and_a_rebuild_mends_them(operator: Operator) -> None:
+    operator.wishlist("HOST/org/app:*")
+    operator.done("reconcile")
+    large = next(p for p in operator.repository.glob("data/??/*") if p.name.isalnum() and p.stat().st_size == 23)
+    large.write_bytes(b"damaged" + bytes(16))
+    found = json.loads(operator("verify", "--json").stdout)["problems"]
+    assert any(problem["name"].endswith("org/app:1") for problem in found)
+    operator.done("reconcile", "--rebuild")
+    operator.check()
+
+
+@needs_swissknife
+def test_the_official_garbage_collection_and_our_publishing_alternate(
+    operator: Operator, registry: FakeRegistry
+) -> None:
+    operator.wishlist("HOST/org/app:*")
+    for built in (FIRST, SECOND, THIRD):
+        registry.add("org/app", "1", built)
+        operator.done("reconcile")
+        collect_officially(operator.repository)
+        # Theirs leaves the manifest's checksum of the reference log behind; our next transaction mends that.
+        operator.done("gc", "--dry-run")
+    operator.wishlist()
+    operator.done("reconcile")
+    operator.done("gc", "--grace", "0", "--keep-revisions", "1000")
+    collect_officially(operator.repository)
+    registry.add("org/app", "1", FIRST)
+    operator.wishlist("HOST/org/app:*")
+    operator.done("reconcile")
+    operator.check()
+
+
+def collect_officially(repository: Path) -> None:
+    checksum = repository.parent / "reflog.chksum"
+    lines = (repository / ".cvmfspublished").read_bytes().split(b"\n--\n")[0].split(b"\n")
+    checksum.write_bytes(next(line[1:] for line in lines if line.startswith(b"Y")))
+    assert SWISSKNIFE is not None
+    done = subprocess.run(
+        [SWISSKNIFE, "gc", "-r", f"file://{repository}", "-u", f"local,{repository}/data/txn,{repository}"]
+        + ["-n", REPOSITORY, "-R", str(checksum), "-k", f"{repository}.keys/{REPOSITORY}.pub", "-h", "0"]
+        + ["-t", str(repository.parent)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class TestKeysAndArguments:
+    def test_a_publisher_needs_only_key_and_certificate(self, operator: Operator) -> None:
+        keys = operator.path / "repo.keys"
+        os.unlink(keys / f"{REPOSITORY}.masterkey")
+        os.unlink(keys / f"{REPOSITORY}.pub")
+        operator.wishlist("HOST/org/app:1")
+        operator.done("reconcile")
+
+    def test_keys_may_lie_elsewhere(self, operator: Operator) -> None:
+        (operator.path / "repo.keys").rename(operator.path / "secret")
+        operator.wishlist("HOST/org/app:1")
+        done = operator("reconcile")
+        assert (done.returncode, "Traceback" in done.stderr) == (5, False)
+        assert operator("reconcile", UNPACKER_KEYS=str(operator.path / "secret")).returncode == 0
+
+    def test_a_whitelist_near_its_end_is_told_by_status_and_reconcile(self, operator: Operator) -> None:
+        operator.wishlist("HOST/org/app:1")
+        operator.done("resign", f"stratum0:{operator.repository}", "--days", "3")
+        for verb in ("status", "reconcile"):
+            done = operator(verb)
+            assert done.returncode == 0
+            assert "expires in 2 days" in done.stderr or "expires in 3 days" in done.stderr
+
+    def test_no_repository_is_said_with_what_to_do(self, operator: Operator) -> None:
+        done = operator("status", UNPACKER_TARGET="stratum0:nowhere")
+        assert done.returncode == 5
+        assert "unpacker init" in done.stderr
+
+    def test_init_and_resign_are_for_native_repositories(self, operator: Operator) -> None:
+        for verb in (["init", "/tmp/x", "--name", "a.b"], ["resign", "stratum0:"]):
+            done = operator(*verb)
+            assert done.returncode == 2
+            assert "stratum0:DIRECTORY" in done.stderr
+
+
+@contextmanager
+def mounted(operator: Operator) -> Iterator[Path]:
+    """The repository as a stock client has it."""
+    if CVMFS2 is None or os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
+        pytest.skip("cvmfs2 cannot mount here (not installed, no /dev/fuse, or not root): no client has seen the tree")
+    cache, point = operator.path / "cache", operator.path / "mount"
+    cache.mkdir()
+    point.mkdir()
+    settings = operator.path / "client.conf"
+    settings.write_text(
+        f"CVMFS_SERVER_URL=file://{operator.repository}\nCVMFS_HTTP_PROXY=DIRECT\nCVMFS_SHARED_CACHE=no\n"
+        f"CVMFS_PUBLIC_KEY={operator.repository}.keys/{REPOSITORY}.pub\nCVMFS_CACHE_BASE={cache}\n"
+        f"CVMFS_RELOAD_SOCKETS={cache}\nCVMFS_QUOTA_LIMIT=500\nCVMFS_CLAIM_OWNERSHIP=no\nCVMFS_USER=root\n"
+        f"CVMFS_USYSLOG={operator.path}/client.log\n"
+    )
+    options = f"config={settings},disable_watchdog,simple_options_parsing"
+    done = subprocess.run([CVMFS2, "-o", options, REPOSITORY, str(point)], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        pytest.fail(f"cvmfs2: {done.stdout}{done.stderr}")
+    try:
+        yield point
+    finally:
+        subprocess.run(["umount", str(point)], check=True, timeout=60)
+        time.sleep(0.2)
+
+
+def tree(root: Path) -> dict[str, tuple[object, ...]]:
+    found: dict[str, tuple[object, ...]] = {}
+    for parent, directories, files in os.walk(os.fsencode(root)):
+        for name in [b"", *directories, *files] if parent == os.fsencode(root) else [*directories, *files]:
+            path = os.path.join(parent, name) if name else parent
+            own = os.lstat(path)
+            content: object = None
+            attributes: object = None
+            if stat.S_ISLNK(own.st_mode):
+                content = os.readlink(path)
+            else:
+                attributes = {
+                    key: os.getxattr(path, key)
+                    for key in os.listxattr(path)
+                    if key.startswith("user.") and key == "user.color"
+                }
+                if stat.S_ISREG(own.st_mode):
+                    content = Path(os.fsdecode(path)).read_bytes()
+            if name != b".cvmfscatalog":
+                relative = os.path.relpath(path, os.fsencode(root))
+                found[os.fsdecode(relative)] = (
+                    oct(own.st_mode),
+                    own.st_uid,
+                    own.st_gid,
+                    own.st_mtime,
+                    content,
+                    attributes,
+                )
+    return found
+
+
+def test_a_client_sees_the_same_tree_as_the_directory_target_has(operator: Operator, registry: FakeRegistry) -> None:
+    """Types, modes, owners, times, contents, links, xattrs: the other publisher is the reference."""
+    registry.add("org/app", "2", SECOND)
+    registry.add("org/app", "3", THIRD)
+    operator.wishlist("HOST/org/app:*")
+    operator.done("reconcile")
+    directory_target = operator.path / "directory"
+    operator.done("reconcile", "--target", str(directory_target))
+    with mounted(operator) as point:
+        for tag in ("1", "2", "3"):
+            name = f"{registry.host}/org/app:{tag}"
+            assert tree(Path(os.path.realpath(point / name))) == tree(Path(os.path.realpath(directory_target / name)))
+        for path in (point / ".layers").glob("*/*/layerfs/etc/motd"):
+            assert stat.S_ISREG(path.lstat().st_mode) or (
+                stat.S_ISCHR(path.lstat().st_mode) and path.lstat().st_rdev == 0
+            )
+        assert any(stat.S_ISCHR(p.lstat().st_mode) for p in (point / ".layers").glob("*/*/layerfs/etc/motd"))
