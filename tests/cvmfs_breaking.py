@@ -171,6 +171,28 @@ def sql(*statements: str) -> Break:
     return run
 
 
+def insert(path: str, **columns: object) -> str:
+    """A row like that of an empty file."""
+    parent, _, name = path.rpartition("/")
+    values: dict[str, object] = {
+        "hardlinks": 1,
+        "hash": f"X'{ContentHash.of(deflation.EMPTY).hex}'",
+        "size": 0,
+        "mode": 0o100644,
+        "mtime": 0,
+        "flags": 4,
+        "name": f"'{name}'",
+        "symlink": "''",
+        "uid": 0,
+        "gid": 0,
+    } | columns
+    own, above = path_key(path), path_key(parent)
+    names = ("md5path_1", "md5path_2", "parent_1", "parent_2", *values)
+    return f"INSERT INTO catalog ({', '.join(names)}) VALUES {(*own, *above)}".removesuffix(")") + (
+        f", {', '.join(map(str, values.values()))})"
+    )
+
+
 def database(data: bytes) -> sqlite3.Connection:
     db = sqlite3.connect(":memory:", isolation_level=None)
     db.deserialize(data)

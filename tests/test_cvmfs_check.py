@@ -14,9 +14,9 @@ import pytest
 from tests.cvmfs_breaking import (
     at,
     database,
+    insert,
     log_of,
     one_of_everything,
-    path_key,
     rebuild,
     sign,
     sql,
@@ -96,28 +96,6 @@ def rows(path: str, *statements: str, recount: bool = True) -> Callable[[Reposit
 def changed(path: str, assignment: str, catalog: str = "") -> Callable[[Repository], object]:
     """Changes the row of one path."""
     return rows(catalog, f"UPDATE catalog SET {assignment} WHERE {at(path)}")
-
-
-def insert(path: str, **columns: object) -> str:
-    """A row like that of an empty file."""
-    parent, _, name = path.rpartition("/")
-    values: dict[str, object] = {
-        "hardlinks": 1,
-        "hash": f"X'{ContentHash.of(deflation.EMPTY).hex}'",
-        "size": 0,
-        "mode": 0o100644,
-        "mtime": 0,
-        "flags": 4,
-        "name": f"'{name}'",
-        "symlink": "''",
-        "uid": 0,
-        "gid": 0,
-    } | columns
-    own, above = path_key(path), path_key(parent)
-    names = ("md5path_1", "md5path_2", "parent_1", "parent_2", *values)
-    return f"INSERT INTO catalog ({', '.join(names)}) VALUES {(*own, *above)}".removesuffix(")") + (
-        f", {', '.join(map(str, values.values()))})"
-    )
 
 
 def remove(repository: Repository, name: ContentHash | None, suffix: str) -> None:

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.cvmfs_repositories import SWISSKNIFE, needs_swissknife, swissknife_check
+from tests.cvmfs_repositories import SWISSKNIFE, swissknife_check
 from tests.fake_registry import FakeRegistry
 from tests.images import device, directory, fifo, file, hardlink, image, layer, opaque, symlink, whiteout
 from tests.test_cli import User
+from unpacker.cvmfs.deflation import dense
+from unpacker.cvmfs.hash import ContentHash
 
 REPOSITORY = "try.example.org"
+MANAGED = f"gc{os.getpid()}.example.org"
 CVMFS2 = shutil.which("cvmfs2")
 BASE = layer(
     directory("etc"),
@@ -112,7 +115,7 @@ def test_an_image_of_known_layers_reads_none(operator: Operator, registry: FakeR
     operator.done("reconcile")
     registry.add("org/app", "again", image(BASE, layer(file("version", b"1")), Env=["A=1"]))
     outcomes = json.loads(operator.done("reconcile", "--json"))["outcomes"]
-    assert [o["bytes"] for o in outcomes if o["name"].endswith(":again")] == [0]
+    assert [o["read"] for o in outcomes if o["name"].endswith(":again")] == [0]
 
 
 def test_collected_objects_are_ingested_again(operator: Operator, registry: FakeRegistry) -> None:
@@ -120,7 +123,7 @@ def test_collected_objects_are_ingested_again(operator: Operator, registry: Fake
     operator.wishlist("HOST/org/app:*")
     operator.done("reconcile")
     operator.wishlist()
-    operator.done("reconcile")
+    operator.done("reconcile", "--allow-removals")
     operator.done("gc", "--grace", "0", "--keep-revisions", "0")
     operator.done("gc", "--grace", "0", "--keep-revisions", "0")
     operator.wishlist("HOST/org/app:*")
@@ -132,47 +135,60 @@ def test_collected_objects_are_ingested_again(operator: Operator, registry: Fake
 def test_lost_and_damaged_objects_are_told_by_name_and_a_rebuild_mends_them(operator: Operator) -> None:
     operator.wishlist("HOST/org/app:*")
     operator.done("reconcile")
-    large = next(p for p in operator.repository.glob("data/??/*") if p.name.isalnum() and p.stat().st_size == 23)
-    large.write_bytes(b"damaged" + bytes(16))
+    name = ContentHash.of(dense(b"secret"), "sha1")
+    (operator.repository / name.object_path()).write_bytes(b"damaged")
     found = json.loads(operator("verify", "--json").stdout)["problems"]
     assert any(problem["name"].endswith("org/app:1") for problem in found)
     operator.done("reconcile", "--rebuild")
     operator.check()
 
 
-@needs_swissknife
+@pytest.fixture
+def managed(operator: Operator) -> Iterator[Path]:
+    """The spool directory of a repository whose name the official tools know on this host."""
+    spool = Path("/var/spool/cvmfs") / MANAGED
+    if SWISSKNIFE is None or not os.access("/var/spool", os.W_OK):
+        pytest.skip("cvmfs_swissknife is not installed, or no spool can be made: no official garbage collection ran")
+    spool.mkdir(parents=True)
+    try:
+        shutil.rmtree(operator.repository)
+        shutil.rmtree(f"{operator.repository}.keys")
+        operator.done("init", f"stratum0:{operator.repository}", "--name", MANAGED)
+        yield spool
+    finally:
+        shutil.rmtree(spool)
+
+
 def test_the_official_garbage_collection_and_our_publishing_alternate(
-    operator: Operator, registry: FakeRegistry
+    operator: Operator, registry: FakeRegistry, managed: Path
 ) -> None:
     operator.wishlist("HOST/org/app:*")
     for built in (FIRST, SECOND, THIRD):
         registry.add("org/app", "1", built)
         operator.done("reconcile")
-        collect_officially(operator.repository)
-        # Theirs leaves the manifest's checksum of the reference log behind; our next transaction mends that.
-        operator.done("gc", "--dry-run")
+        collect_officially(operator.repository, managed)
     operator.wishlist()
-    operator.done("reconcile")
+    operator.done("reconcile", "--allow-removals")
     operator.done("gc", "--grace", "0", "--keep-revisions", "1000")
-    collect_officially(operator.repository)
+    gone = operator.repository / ContentHash.of(dense(b"hello"), "sha1").object_path()
+    assert gone.exists()
+    collect_officially(operator.repository, managed)
+    assert not gone.exists()
     registry.add("org/app", "1", FIRST)
     operator.wishlist("HOST/org/app:*")
     operator.done("reconcile")
-    operator.check()
+    assert gone.exists()
+    swissknife_check("-c", "-r", str(operator.repository), "-R", str(managed / "reflog.chksum"))
+    assert operator("verify").returncode == 0
 
 
-def collect_officially(repository: Path) -> None:
-    checksum = repository.parent / "reflog.chksum"
-    lines = (repository / ".cvmfspublished").read_bytes().split(b"\n--\n")[0].split(b"\n")
-    checksum.write_bytes(next(line[1:] for line in lines if line.startswith(b"Y")))
+def collect_officially(repository: Path, spool: Path) -> None:
+    """What `cvmfs_server gc` runs: all but the last revision and what tags name."""
     assert SWISSKNIFE is not None
+    arguments = ["gc", "-r", f"file://{repository}", "-u", f"local,{repository}/data/txn,{repository}", "-n", MANAGED]
+    arguments += ["-R", str(spool / "reflog.chksum"), "-k", f"{repository}.keys/{MANAGED}.pub", "-h", "0"]
     done = subprocess.run(
-        [SWISSKNIFE, "gc", "-r", f"file://{repository}", "-u", f"local,{repository}/data/txn,{repository}"]
-        + ["-n", REPOSITORY, "-R", str(checksum), "-k", f"{repository}.keys/{REPOSITORY}.pub", "-h", "0"]
-        + ["-t", str(repository.parent)],
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [SWISSKNIFE, *arguments, "-t", str(repository.parent)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -131,7 +131,7 @@ class Catalog:
             catalog = cls(connection, what)
             catalog.size = len(data)
             return catalog
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             connection.close()
             raise PublishError(f"{what}: not a catalog: {error}") from None
         except PublishError:
@@ -388,7 +388,8 @@ class Catalog:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        # SQLite quotes the file in its errors, whatever bytes these are.
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise PublishError(f"{self._what}: cannot be read as a catalog: {error}") from None
 
 

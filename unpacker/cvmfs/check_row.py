@@ -24,7 +24,6 @@ from unpacker.errors import PublishError
 
 DIRECT_IO = 0x10000
 
-_REGULAR = stat.S_IFREG >> 12
 _COMPRESSION = 7 << 11
 _COMPRESSIONS = (0, 1 << 11)
 _NESTING = MOUNT_POINT | CATALOG_ROOT | BIND_MOUNT_POINT
@@ -37,7 +36,7 @@ def is_plain(row: Row) -> bool:
     return (
         row.flags == FILE
         and row.hardlinks == 1
-        and row.mode >> 12 == _REGULAR
+        and _is(row, stat.S_IFREG)
         and row.hash is not None
         and len(row.hash) == SIZE
         and row.size >= 0
@@ -46,13 +45,18 @@ def is_plain(row: Row) -> bool:
     )
 
 
+def _is(row: Row, kind: int) -> bool:
+    # The functions of `stat` take no numbers that no file can have.
+    return row.mode >> 12 == kind >> 12
+
+
 def directory_faults(row: Row) -> Iterator[str]:
     """What is wrong with the row of a directory; its link count is for who knows what is in it."""
     if row.flags & (FILE | SYMLINK | SPECIAL | CHUNKED | EXTERNAL | DIRECT_IO):
         yield f"a directory with flags of a file ({row.flags:#x})"
     if (row.flags & _NESTING).bit_count() > 1:
         yield f"a directory with flags that exclude each other ({row.flags:#x})"
-    if not stat.S_ISDIR(row.mode):
+    if not _is(row, stat.S_IFDIR):
         yield f"a directory with the mode {row.mode:#o} of something else"
     if row.hash is not None:
         yield "a directory with a content hash"
@@ -82,7 +86,7 @@ def file_faults(row: Row, chunks: Sequence[Chunk]) -> Iterator[str]:
 
 def _symlink_faults(row: Row) -> Iterator[str]:
     yield from _no_contents(row, "a symlink")
-    if not stat.S_ISLNK(row.mode):
+    if not _is(row, stat.S_IFLNK):
         yield f"a symlink with the mode {row.mode:#o} of something else"
     if not row.symlink:
         yield "a symlink without a target"
@@ -92,12 +96,11 @@ def _symlink_faults(row: Row) -> Iterator[str]:
 
 def _special_faults(row: Row) -> Iterator[str]:
     yield from _no_contents(row, "a special file")
-    kind = stat.S_IFMT(row.mode)
-    if kind not in _SPECIAL_TYPES:
+    if not any(_is(row, kind) for kind in _SPECIAL_TYPES):
         yield f"a special file with the mode {row.mode:#o} of something else"
     if row.symlink:
         yield "a special file with the target of a symlink"
-    if kind in (stat.S_IFIFO, stat.S_IFSOCK) and row.size:
+    if (_is(row, stat.S_IFIFO) or _is(row, stat.S_IFSOCK)) and row.size:
         yield f"a fifo or socket of size {row.size}"
 
 
@@ -111,7 +114,7 @@ def _no_contents(row: Row, what: str) -> Iterator[str]:
 
 
 def _regular_faults(row: Row, chunks: Sequence[Chunk]) -> Iterator[str]:
-    if not stat.S_ISREG(row.mode):
+    if not _is(row, stat.S_IFREG):
         yield f"a regular file with the mode {row.mode:#o} of something else"
     if row.symlink:
         yield "a regular file with the target of a symlink"

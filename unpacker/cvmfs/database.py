@@ -22,7 +22,8 @@ def opened(data: bytes, what: str, tables: Sequence[str]) -> Iterator[sqlite3.Co
         if any(kind != "table" for kind in found.values()) or not set(tables) <= set(found):
             raise PublishError(f"{what} is damaged or something else: it lacks tables, or has more than tables")
         yield connection
-    except (sqlite3.Error, OverflowError) as error:
+    # SQLite quotes the file in its errors, whatever bytes these are.
+    except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
         raise PublishError(f"{what} is damaged or something else: {error}") from None
     finally:
         connection.close()
