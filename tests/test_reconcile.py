@@ -320,6 +320,30 @@ def test_two_wishlists_alternating_ten_times_remove_nothing_of_each_other(site: 
     assert site.names() == {"org/a:1", "org/a:2", "org/b:1", "org/b:2"}
 
 
+def test_a_name_that_two_wishlists_ask_for_stays_until_neither_does(site: Site) -> None:
+    site.fake.add("org/app", "1", APP)
+    site.fake.add("org/app", "2", image(BASE))
+    site.run("HOST/org/app:1", "HOST/org/app:2", owner="A")
+    assert done(site.run("HOST/org/app:1", owner="B")) == {"org/app:1": "updated"}
+    assert done(site.run("HOST/org/app:1", owner="B")) == {"org/app:1": "kept"}
+    link = os.readlink(site.root("org/app:1"))
+    assert done(site.run("HOST/org/app:2", owner="A"))["org/app:1"] == "updated"
+    assert os.readlink(site.root("org/app:1")) == link
+    assert done(site.run("HOST/org/app:2", owner="A")) == {"org/app:2": "kept"}
+    site.run("HOST/org/app:2", owner="B")
+    assert site.names() == {"org/app:2"}
+
+
+def test_a_name_that_no_wishlist_published_is_removed_only_by_name(site: Site) -> None:
+    site.fake.add("org/app", "1", APP)
+    site.fake.add("org/app", "2", APP)
+    site.run("HOST/org/app:1", owner=None, removals=False)
+    site.fake.add("org/app", "1", image(BASE))
+    assert done(site.run("HOST/org/app:1", "HOST/org/app:2"))["org/app:1"] == "updated"
+    site.run("HOST/org/app:2")
+    assert site.names() == {"org/app:1", "org/app:2"}
+
+
 @pytest.fixture
 def published(site: Site) -> Site:
     for tag in ("1", "2", "3"):

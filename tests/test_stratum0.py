@@ -170,6 +170,10 @@ def test_the_official_garbage_collection_and_our_publishing_alternate(
     operator.wishlist()
     operator.done("reconcile", "--allow-removals")
     operator.done("gc", "--grace", "0", "--keep-revisions", "1000")
+    # Two more revisions, until no tag names one that has the roots.
+    registry.add("org/other", "1", image(layer(file("other", b"other"))))
+    operator.wishlist("HOST/org/other:1")
+    operator.done("reconcile")
     gone = operator.repository / ContentHash.of(dense(b"hello"), "sha1").object_path()
     assert gone.exists()
     collect_officially(operator.repository, managed)

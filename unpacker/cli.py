@@ -91,6 +91,10 @@ def main() -> NoReturn:
         app()
     except UnpackerError as error:
         _complain(str(error))
+        if "--json" in sys.argv:
+            # A program that asked for JSON gets JSON, also where the verb came to nothing.
+            value = {"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}
+            print(report.as_json(value), end="")
         sys.exit(error.exit_code)
     except Stopped as stopped:
         _complain(f"stopped by {signal.Signals(stopped.number).name}")

@@ -10,8 +10,10 @@ import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from unpacker.digest import Digest
 from unpacker.errors import UnpackerError, WishlistError
 from unpacker.image import Pinned, Unresolved
+from unpacker.oci import Descriptor
 from unpacker.record import Published, Unreadable
 from unpacker.reference import Reference
 from unpacker.wish import Wish
@@ -37,6 +39,8 @@ class Action:
     reason: str
     before: Published | Unreadable | None = None
     after: Pinned | None = None
+    owners: tuple[str, ...] = ()
+    """The wishlists that the record names afterwards."""
     vanished: bool = False
     """Wished and published, but the registry no longer has it."""
 
@@ -118,7 +122,7 @@ def plan(
     for path, before in sorted(published.items()):
         if path in spoken_for or isinstance(before, Unreadable):
             continue
-        if before.wishlist is None or before.wishlist != rules.owner:
+        if rules.owner not in before.owners:
             continue
         action = _leftover(before, wishes, resolution, rules)
         (removals if action.verb is Verb.REMOVE else actions).append(action)
@@ -134,21 +138,26 @@ def plan(
 
 def _decide(pinned: Pinned, before: Published | Unreadable | None, rules: Rules) -> Action | Unresolved:
     path = pinned.reference.public_path
+    owners = (rules.owner,) if rules.owner is not None else ()
+    if isinstance(before, Published):
+        # What no wishlist published belongs to none, whoever wishes it now: it is removed only by name.
+        owners = tuple(dict.fromkeys((*before.owners, *owners))) if before.owners else ()
 
     def act(verb: Verb, reason: str) -> Action:
-        return Action(verb=verb, public_path=path, reason=reason, before=before, after=pinned)
+        return Action(verb=verb, public_path=path, reason=reason, before=before, after=pinned, owners=owners)
 
     if before is None:
         return act(Verb.PUBLISH, "not published yet")
     if isinstance(before, Unreadable):
         return act(Verb.UPDATE, f"its record cannot be relied on: {before.problem}")
     if not before.platform.serves(pinned.platform):
-        if before.wishlist not in (None, rules.owner):
+        others = [owner for owner in before.owners if owner != rules.owner]
+        if others:
             return Unresolved(
                 repository=pinned.reference.repository,
                 reference=pinned.reference,
                 error=WishlistError(
-                    f"{path} is published for {before.platform} by the wishlist {before.wishlist}: "
+                    f"{path} is published for {before.platform} by the wishlist {others[0]}: "
                     f"two wishlists cannot wish one name for two platforms"
                 ),
             )
@@ -159,6 +168,8 @@ def _decide(pinned: Pinned, before: Published | Unreadable | None, rules: Rules)
         return act(Verb.UPDATE, "its root is damaged")
     if rules.rebuild is not None and before.rules != rules.rebuild:
         return act(Verb.UPDATE, "published under other rules")
+    if owners != before.owners:
+        return act(Verb.UPDATE, "published for another wishlist, wished here, too")
     return act(Verb.KEEP, "as wished")
 
 
@@ -183,7 +194,23 @@ def _leftover(before: Published, wishes: Sequence[Wish], resolution: Resolution,
         return act(Verb.KEEP, "kept: the wishlist has faults, so what it does not ask for is not known")
     if not rules.removals:
         return act(Verb.KEEP, "kept: this run looks at a part of the wishlist only")
+    others = tuple(owner for owner in before.owners if owner != rules.owner)
+    if others:
+        return Action(
+            verb=Verb.UPDATE,
+            public_path=before.public_path,
+            reason=f"no longer wished here, but by {others[0]}",
+            before=before,
+            after=_as_it_stands(before),
+            owners=others,
+        )
     return act(Verb.REMOVE, "no longer wished")
+
+
+def _as_it_stands(before: Published) -> Pinned:
+    """What a published name is pinned to, so that its record can be written anew and nothing else."""
+    descriptor = Descriptor(media_type="", digest=Digest.parse(before.digest), size=0)
+    return Pinned(reference=before.reference, descriptor=descriptor, platform=before.platform, gpu=before.gpu)
 
 
 def _same_name(unresolved: Unresolved, before: Published) -> bool:
@@ -212,7 +239,7 @@ def _gate(
     rules: Rules,
 ) -> tuple[list[Action], list[Action], str]:
     """Holds back removals beyond what a program should decide alone: more than max(5, 10 %) of this wishlist's tags."""
-    ours = sum(1 for p in published.values() if isinstance(p, Published) and p.wishlist == rules.owner)
+    ours = sum(1 for p in published.values() if isinstance(p, Published) and rules.owner in p.owners)
     bound = max(5, ours // 10)
     if rules.allow_removals or not removals:
         return removals, [], ""

@@ -331,9 +331,8 @@ class _Run:
 
     def _release(self, action: Action, ready: _Ready, tree: Tree | None) -> Release:
         image = ready.image
-        pinned, before = action.after, action.before
+        pinned = action.after
         assert pinned is not None
-        owner = before.wishlist if isinstance(before, Published) and before.wishlist else self._request.owner
         record = Published(
             reference=replace(pinned.reference, digest=None if pinned.reference.tag else pinned.reference.digest),
             digest=str(pinned.descriptor.digest),
@@ -342,7 +341,8 @@ class _Run:
             platform=pinned.platform,
             root="",
             rules=self._request.policy.rules,
-            wishlist=owner,
+            wishlist=action.owners[0] if action.owners else None,
+            also=action.owners[1:],
             published=int(self._request.clock()),
             compressed=image.manifest.compressed_size,
             layers=tuple(str(layer.descriptor.digest) for layer in image.layers),

@@ -20,11 +20,11 @@ SCHEMA = 1
 class Published:
     """One published name. A name whose record cannot be read is `Unreadable`, never absent.
 
-    `digest` is what the tag pointed at (index or manifest), `root` the root's path below the target's root,
-    `rules` the hash of the rules it was composed under, `wishlist` the identity of the wishlist that asked for it
-    (None: adopted from another tool, removed only by name). `published` is Unix time in seconds. `altered` counts what
-    the policy changed, by word. `replaces` is what the name stood for before: until the public link is switched, that
-    one is in force, and the link tells which.
+    `digest` is what the tag pointed at (index or manifest), `root` the root's path below the target's root, `rules` the
+    hash of the rules it was composed under, `wishlist` the identity of the wishlist that asked for it (None: adopted
+    from another tool, removed only by name), `also` others that ask for it, too. `published` is Unix time in seconds.
+    `altered` counts what the policy changed, by word. `replaces` is what the name stood for before: until the public
+    link is switched, that one is in force, and the link tells which.
     """
 
     reference: Reference
@@ -36,6 +36,7 @@ class Published:
     rules: str
     wishlist: str | None
     published: int
+    also: tuple[str, ...] = ()
     entries: int = 0
     size: int = 0
     compressed: int = 0
@@ -49,6 +50,11 @@ class Published:
     def public_path(self) -> str:
         return self.reference.public_path
 
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The wishlists that ask for it. The name goes when the last of them no longer does."""
+        return () if self.wishlist is None else (self.wishlist, *self.also)
+
     def to_json(self) -> dict[str, Any]:
         value: dict[str, Any] = {
             "schema": SCHEMA,
@@ -60,6 +66,7 @@ class Published:
             "root": self.root,
             "rules": self.rules,
             "wishlist": self.wishlist,
+            "also": list(self.also),
             "published": self.published,
             "entries": self.entries,
             "size": self.size,
@@ -89,6 +96,7 @@ class Published:
                 root=str(value["root"]),
                 rules=str(value["rules"]),
                 wishlist=value["wishlist"],
+                also=tuple(str(w) for w in value.get("also", ())),
                 published=int(value["published"]),
                 entries=int(value["entries"]),
                 size=int(value["size"]),

@@ -238,7 +238,7 @@ def status_rows(rows: Iterable[Status], now: int) -> list[tuple[str, ...]]:
         if row.since is not None:
             note = f"for {age(now - row.since)}" + (f": {note}" if note else "")
         if row.state is State.UNWISHED and p is not None:
-            note = f"not in this wishlist; published for {p.wishlist or 'nobody'}"
+            note = f"not in this wishlist; published for {', '.join(p.owners) or 'nobody'}"
         texts.append(
             (
                 row.state.value,

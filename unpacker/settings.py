@@ -157,7 +157,8 @@ def wishlist_identity(path: str) -> str:
     """Who a wishlist is, on every machine that has a checkout of it: its git remote and its path there.
 
     Without a git remote it is its absolute path. A user name or token in the remote's URL is left out, because the
-    identity stands in every published record.
+    identity stands in every published record. SettingsError where git refuses to look (somebody else's checkout): a
+    wishlist that changed its identity unnoticed would never again remove what it published.
     """
     absolute = os.path.realpath(path)
     directory = os.path.dirname(absolute)
@@ -179,8 +180,18 @@ def _without_secrets(url: str) -> str:
 def _git(directory: str, *arguments: str) -> str:
     try:
         done = subprocess.run(
-            ["git", "-C", directory, *arguments], capture_output=True, timeout=10, check=False, stdin=subprocess.DEVNULL
+            ["git", "-C", directory, *arguments],
+            capture_output=True,
+            timeout=10,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "LC_ALL": "C"},
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
+    if b"dubious ownership" in done.stderr:
+        raise SettingsError(
+            f"git refuses to look at {directory}, which another user owns, so it is not known who this wishlist is: "
+            "say --wishlist-id, or set wishlist_id in the settings"
+        )
     return os.fsdecode(done.stdout).strip() if done.returncode == 0 else ""
