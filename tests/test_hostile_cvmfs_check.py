@@ -44,7 +44,7 @@ def test_damage_anywhere_in_a_catalog_is_told_in_words(repository: Repository) -
     whole = repository.objects.read(repository.manifest().root, objects.CATALOG)
     rng = random.Random(3)
     noticed = 0
-    for _ in range(3000):
+    for _ in range(100):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 3, 30))):
             data[rng.randrange(len(data))] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
@@ -55,7 +55,7 @@ def test_damage_anywhere_in_a_catalog_is_told_in_words(repository: Repository) -
             collect(repository, keep=0, grace=0, now=NOW + 86400, dry_run=True)
         except PublishError:
             pass
-    assert noticed > 30
+    assert noticed > 20
 
 
 @pytest.mark.parametrize("mode", [-1, 1 << 40, 0])

@@ -23,7 +23,7 @@ from unpacker.cvmfs.repository import Repository
 from unpacker.publish.stratum0 import Stratum0Publisher
 from unpacker.record import Published
 
-SAMPLE = 10
+SAMPLE = 5
 NOW = 4_000_000_000
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cvmfs_repositories import SWISSKNIFE, swissknife_check
+from tests.cvmfs_repositories import SWISSKNIFE, served, swissknife_check
 from tests.fake_registry import FakeRegistry
 from tests.images import device, directory, fifo, file, hardlink, image, layer, opaque, symlink, whiteout
 from tests.test_cli import User
@@ -233,8 +233,8 @@ class TestKeysAndArguments:
 
 
 @contextmanager
-def mounted(operator: Operator) -> Iterator[Path]:
-    """The repository as a stock client has it."""
+def mounted(operator: Operator, url: str) -> Iterator[Path]:
+    """The repository at a URL as a stock client has it."""
     if CVMFS2 is None or os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         pytest.skip("cvmfs2 cannot mount here (not installed, no /dev/fuse, or not root): no client has seen the tree")
     cache, point = operator.path / "cache", operator.path / "mount"
@@ -242,7 +242,7 @@ def mounted(operator: Operator) -> Iterator[Path]:
     point.mkdir()
     settings = operator.path / "client.conf"
     settings.write_text(
-        f"CVMFS_SERVER_URL=file://{operator.repository}\nCVMFS_HTTP_PROXY=DIRECT\nCVMFS_SHARED_CACHE=no\n"
+        f"CVMFS_SERVER_URL={url}\nCVMFS_HTTP_PROXY=DIRECT\nCVMFS_SHARED_CACHE=no\n"
         f"CVMFS_PUBLIC_KEY={operator.repository}.keys/{REPOSITORY}.pub\nCVMFS_CACHE_BASE={cache}\n"
         f"CVMFS_RELOAD_SOCKETS={cache}\nCVMFS_QUOTA_LIMIT=500\nCVMFS_CLAIM_OWNERSHIP=no\nCVMFS_USER=root\n"
         f"CVMFS_USYSLOG={operator.path}/client.log\n"
@@ -297,7 +297,7 @@ def test_a_client_sees_the_same_tree_as_the_directory_target_has(operator: Opera
     operator.done("reconcile")
     directory_target = operator.path / "directory"
     operator.done("reconcile", "--target", str(directory_target))
-    with mounted(operator) as point:
+    with served(operator.repository) as url, mounted(operator, url) as point:
         for tag in ("1", "2", "3"):
             name = f"{registry.host}/org/app:{tag}"
             assert tree(Path(os.path.realpath(point / name))) == tree(Path(os.path.realpath(directory_target / name)))

@@ -79,8 +79,9 @@ def free_name(image_id: str, taken: Collection[str]) -> str:
 
 def names_of(image_id: str, names: Collection[str]) -> list[str]:
     """Those of `names` that are roots of this image, the first one made first."""
-    own = re.compile(rf"{Digest.parse(image_id).hex}(?:-([0-9]+))?")
-    found = (own.fullmatch(name) for name in names)
+    hexadecimal = Digest.parse(image_id).hex
+    own = re.compile(rf"{hexadecimal}(?:-([0-9]+))?")
+    found = (own.fullmatch(name) for name in names if name.startswith(hexadecimal))
     return [name for _, name in sorted((int(match[1] or 1), match[0]) for match in found if match)]
 
 
