@@ -25,6 +25,10 @@ CHUNK, CATALOG, HISTORY, CERTIFICATE, META_INFO = "P", "C", "H", "X", "M"
 LIMIT = 1 << 30
 """The most that `read` holds in memory unless told otherwise."""
 
+_LISTED_PER_NAME = 600
+"""A directory is listed if it has no more bytes than this for each name that is looked for: an entry takes 50 or so,
+and asking for a single one as much time as listing ten."""
+
 _DATA = "data/"
 _TEMPORARY = "unpacker-"
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -71,21 +75,17 @@ class ObjectStore:
 
     def present(self, names: Iterable[str]) -> set[str]:
         """Which of these whole files are there for sure, by the text of their hashes; `has` tells of the others."""
-        found = set()
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(name[:2], []).append(name)
         try:
             fd = os.open(f"{self.root}/{_DATA}", posix.DIRECTORY_FLAGS)
         except OSError as error:
             raise posix.failure(error, f"opening the object store of {self.root}") from error
         try:
-            for name in names:
-                try:
-                    os.stat(f"{name[:2]}/{name[2:]}", dir_fd=fd, follow_symlinks=False)
-                except OSError:
-                    continue
-                found.add(name)
+            return {name for group, wanted in groups.items() for name in _present(group, wanted, fd)}
         finally:
             os.close(fd)
-        return found
 
     def read(self, name: ContentHash, suffix: str = "", *, limit: int = LIMIT) -> bytes:
         """What a compressed object holds: decompressed, verified, and no more than `limit` bytes."""
@@ -311,6 +311,24 @@ class ObjectBatch:
             os.unlink(temporary, dir_fd=self._fd)
         except OSError:
             pass  # An orphan is harmless; the next holder of the lock sweeps it away.
+
+
+def _present(group: str, names: list[str], data_fd: int) -> Iterator[str]:
+    """Which of these names of one directory are there for sure."""
+    try:
+        if os.stat(group, dir_fd=data_fd).st_size < _LISTED_PER_NAME * len(names):
+            fd = os.open(group, posix.DIRECTORY_FLAGS, dir_fd=data_fd)
+            try:
+                there = set(os.listdir(fd))
+            finally:
+                os.close(fd)
+            yield from (name for name in names if name[2:] in there)
+            return
+    except OSError:
+        pass  # What cannot be listed may be asked for.
+    for name in names:
+        if os.access(f"{group}/{name[2:]}", os.F_OK, dir_fd=data_fd, follow_symlinks=False):
+            yield name
 
 
 def _make_directory(path: str, dir_fd: int | None = None) -> None:

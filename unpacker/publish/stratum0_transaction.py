@@ -44,7 +44,7 @@ from unpacker.publish.roots import (
 )
 from unpacker.publish.snapshot import Snapshot
 from unpacker.record import Published, Unreadable
-from unpacker.tree import File, Symlink, Tree, walk
+from unpacker.tree import Directory, File, Symlink, Tree
 
 _SHOWN = 3
 
@@ -179,7 +179,14 @@ class Stratum0Transaction:
     def _check_present(self, what: str, trees: Sequence[Tree]) -> None:
         """PublishError unless all contents are there now, under the locks: garbage collection by the official tools
         may have removed what the cache of read layers believes in."""
-        tokens = {node.token for tree in trees for _, node in walk(tree) if type(node) is File}
+        tokens: set[str] = set()
+        pending = [tree.root for tree in trees]
+        while pending:
+            for node in pending.pop().children.values():
+                if type(node) is File:
+                    tokens.add(node.token)
+                elif type(node) is Directory:
+                    pending.append(node)
         missing = self._contents.missing(tokens)
         if missing:
             shown = ", ".join(sorted(missing)[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
