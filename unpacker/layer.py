@@ -34,7 +34,7 @@ from unpacker.reference import Repository
 from unpacker.rootfs import Policy, publishable
 from unpacker.tar import Member, TarReader
 
-BATCH_BYTES = 256 << 20
+BATCH_BYTES = 64 << 20
 BATCH_FILES = 1 << 16
 """After how much a batch is made durable: so much is lost, at most, when a run is killed."""
 

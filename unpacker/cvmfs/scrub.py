@@ -59,4 +59,4 @@ def _object(store: ObjectStore, group: str, entry: os.DirEntry[str]) -> Iterator
     elif (parsed := parse_name(group, entry.name)) is None:
         yield Problem(where, "not the name of an object: a malformed hash, or an unknown suffix")
     elif not store.is_sound(*parsed) and os.path.lexists(entry.path):  # It may have been collected just now.
-        yield Problem(where, "its bytes are not what its name says; run unpacker verify --repair, or restore it")
+        yield Problem(where, "its bytes are not what its name says; run unpacker reconcile --rebuild, or restore it")

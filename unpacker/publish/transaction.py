@@ -176,14 +176,17 @@ class DirectoryTransaction:
         """Publishes, in the order that this module promises. OSError as it comes."""
         if not (self._staged or self._records or self._removed or self._notes):
             return
-        self._mark_damaged()
-        posix.syncfs(self._root_fd)
-        self._links.settle()
-        self._place_roots()
+        # A sync with nothing to make durable for the next step would only cost its time.
+        if self._staged or self._damaged:
+            self._mark_damaged()
+            posix.syncfs(self._root_fd)
+            self._links.settle()
+            self._place_roots()
         self._write_records()
         posix.syncfs(self._root_fd)
         self._place_records()
-        posix.syncfs(self._root_fd)
+        if self._records:
+            posix.syncfs(self._root_fd)
         self._switch_links()
         self._unpublish()
         posix.syncfs(self._root_fd)
