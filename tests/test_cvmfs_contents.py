@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import multiprocessing
 import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +19,7 @@ from unpacker.changeset import Entry, Kind
 from unpacker.cvmfs import chunks, deflation
 from unpacker.cvmfs.contents import Content, ContentsLocator, Piece, RepositoryContents
 from unpacker.cvmfs.hash import ALGORITHMS, ContentHash
+from unpacker.cvmfs.known import Known, KnownContents
 from unpacker.cvmfs.objects import ObjectStore
 from unpacker.errors import IntegrityError, PublishError
 from unpacker.publish import posix
@@ -289,3 +292,25 @@ class TestKnownContents:
         index.write_bytes(b"no database" * 1000)
         with pytest.raises(PublishError, match=r"index: file is not a database; delete it"):
             put(indexed, b"x" * 50_000)
+
+
+def _learn(path: str, number: int, start: Any) -> None:
+    start.wait()
+    known = KnownContents(path, "dense", "sha1")
+    for turn in range(20):
+        known.add({hashlib.sha256(b"%d %d" % (number, turn)).digest(): Known(b"x" * 20, 1)})
+        known.find(b"y" * 32)
+    known.close()
+
+
+def test_processes_that_open_a_new_index_at_the_same_moment_wait_for_each_other(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    for turn in range(3):
+        start = context.Barrier(3)
+        path = str(tmp_path / f"known-{turn}")
+        processes = [context.Process(target=_learn, args=(path, n, start)) for n in range(3)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0, 0]
