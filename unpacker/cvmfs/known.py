@@ -35,7 +35,7 @@ class KnownContents:
         self._lock = threading.Lock()
         with self._failing():
             self._db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-            # No write-ahead log: two processes that turn it on at the same moment do not wait for each other, one fails.
+            # No write-ahead log: of two processes that turn it on at the same moment one fails instead of waiting.
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute(
                 f"CREATE TABLE IF NOT EXISTS {self._table}"

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from unpacker.digest import Digest
+from unpacker.record import Published, Unreadable
 
 FLAT = ".flat"
 METADATA = ".metadata"
@@ -35,6 +36,17 @@ class RootFacts:
     altered: Mapping[str, int] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
     damaged: bool = False
+
+    def completed(self, record: Published, root: str, before: Published | Unreadable | None) -> Published:
+        """The record of a name that stands for this root at `root`, and stood for `before`."""
+        return replace(
+            record,
+            root=root,
+            entries=self.entries,
+            size=self.size,
+            altered=self.altered,
+            replaces=replace(before, replaces=None) if isinstance(before, Published) else None,
+        )
 
     def serialise(self) -> bytes:
         return (json.dumps(asdict(self), indent=1) + "\n").encode("ascii")

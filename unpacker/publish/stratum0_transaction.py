@@ -116,14 +116,7 @@ class Stratum0Transaction:
         found = self._facts.get(name) or self._before.facts(name)
         if found is None:
             raise PublishError(f"nothing is known of {root_path(name)} in {self._repository.name} any more; run again")
-        completed = replace(
-            record,
-            root=root_path(name),
-            entries=found.entries,
-            size=found.size,
-            altered=found.altered,
-            replaces=replace(before, replaces=None) if isinstance(before, Published) else None,
-        )
+        completed = found.completed(record, root_path(name), before)
         self._records[record.public_path] = (completed, release.image.manifest.raw)
         self._removed.pop(record.public_path, None)
         return completed

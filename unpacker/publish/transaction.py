@@ -108,14 +108,7 @@ class DirectoryTransaction:
             raise posix.failure(error, f"composing the root of {record.reference} in {self._layout.path}") from error
         if facts is None:
             raise PublishError(f"{root} in {self._layout.path} vanished while it was being published; run again")
-        completed = replace(
-            record,
-            root=root,
-            entries=facts.entries,
-            size=facts.size,
-            altered=facts.altered,
-            replaces=replace(before, replaces=None) if isinstance(before, Published) else None,
-        )
+        completed = facts.completed(record, root, before)
         self._records[record.public_path] = (completed, release.image.manifest.raw)
         self._removed.pop(record.public_path, None)
         return completed
