@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 
 SHARED_MEMORY = "/dev/shm"
@@ -62,6 +63,21 @@ def settle() -> None:
                 file.write("3")
         except OSError:
             pass  # in a container; the same for all contenders
+
+
+def write_through(directory: str, size: int) -> float:
+    """Seconds in which one file of `size` bytes gets to the disk: what no program can be faster than that ends with
+    its data there."""
+    piece = os.urandom(1 << 20)
+    path = os.path.join(directory, "written-through")
+    start = time.perf_counter()
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(size // len(piece)):
+            file.write(piece)
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    os.unlink(path)
+    return seconds
 
 
 def remove(directory: str) -> None:

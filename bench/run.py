@@ -77,6 +77,9 @@ def measure(stock: Library, scale: Scale, options: argparse.Namespace) -> dict[s
             except filesystems.Unavailable as error:
                 print(f"\nSKIPPED {kind}: {error}")
                 continue
+            with filesystems.fresh(kind, room, HERE) as directory:
+                floor = filesystems.write_through(directory, facts["unpacked"])
+            print(f"\n{kind}: to write that many bytes into one file, fsync included, takes {floor:.2f} s", end="")
             samples += speed(stock, scale, kind, room, options)
     if "noop" in options.only:
         noop = unchanged(stock, scale, options)
