@@ -50,12 +50,14 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What a layer is made of: numbers of new files, of directories, and of files of lower layers that it replaces."""
+    """What a layer is made of: numbers of new files, of directories, and of files of lower layers that it replaces; and
+    how far apart the sizes of its files lie."""
 
     name: str
     files: int
     directories: int
     replaced: int = 0
+    spread: float = SPREAD
 
 
 APP = (
@@ -63,6 +65,12 @@ APP = (
     Shape(name="stack", files=8_500, directories=900, replaced=200),
     Shape(name="top", files=2_500, directories=250, replaced=60),
 )
+LAYERED = (
+    Shape(name="base", files=17_400, directories=1_900, replaced=0, spread=2.25),
+    Shape(name="stack", files=10_200, directories=2_000, replaced=200, spread=2.2),
+    Shape(name="top", files=950, directories=92, replaced=20, spread=2.43),
+)
+"""About 34,000 entries of 0.83 GB; an update of its top layer is 1,100 entries of 40 MB."""
 
 
 def scaled(shape: Shape, scale: float) -> Shape:
@@ -71,6 +79,7 @@ def scaled(shape: Shape, scale: float) -> Shape:
         files=max(1, int(shape.files * scale)),
         directories=max(3, int(shape.directories * scale)),
         replaced=int(shape.replaced * scale),
+        spread=shape.spread,
     )
 
 
@@ -86,9 +95,9 @@ class Version:
     listing: Listing
 
 
-def app(scale: float) -> tuple[Version, Version]:
-    """The large image, and one that differs in its top layer only."""
-    base, stack, top = (scaled(shape, scale) for shape in APP)
+def app(scale: float, shapes: tuple[Shape, Shape, Shape] = APP) -> tuple[Version, Version]:
+    """A large image, and one that differs in its top layer only."""
+    base, stack, top = (scaled(shape, scale) for shape in shapes)
     paths: list[str] = []
     listing: Listing = {}
     lower = [
@@ -122,7 +131,7 @@ def tree(shape: Shape, lower: list[str], salt: str, made: list[str]) -> Members:
         for n in range(shape.files)
     ]
     replaced = names.sample(lower, min(shape.replaced, len(lower)))
-    sizes = _sizes(len(paths) + len(replaced), names)
+    sizes = _sizes(len(paths) + len(replaced), shape.spread, names)
     files = dict(zip([*paths, *replaced], sizes, strict=True))
     links = {f"{path}.link": path.rpartition("/")[2] for path in paths[::25]}
     programs = set(paths[::12])
@@ -270,10 +279,10 @@ def _directories(shape: Shape, rng: random.Random) -> list[str]:
     return names
 
 
-def _sizes(count: int, rng: random.Random) -> list[int]:
+def _sizes(count: int, spread: float, rng: random.Random) -> list[int]:
     """Log-normal sizes, by quantile rather than by chance: their sum does not depend on luck."""
     normal = NormalDist()
-    sizes = [round(MEDIAN_SIZE * math.e ** (SPREAD * normal.inv_cdf((n + 0.5) / count))) for n in range(count)]
+    sizes = [round(MEDIAN_SIZE * math.e ** (spread * normal.inv_cdf((n + 0.5) / count))) for n in range(count)]
     rng.shuffle(sizes)
     return sizes
 

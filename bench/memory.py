@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 INTERVAL = 0.05
@@ -22,10 +22,16 @@ class Usage:
     status: int
 
 
-def watch(command: Sequence[str], *, log: int, directory: str) -> Usage:
+def watch(command: Sequence[str], *, log: int, directory: str, environment: Mapping[str, str] | None = None) -> Usage:
     """Runs a command in a session of its own and samples the memory of that session until the command ends."""
     child = subprocess.Popen(
-        command, cwd=directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        command,
+        cwd=directory,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        env=environment,
     )
     peak = processes = samples = 0
     try:

@@ -19,14 +19,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bench import contenders, filesystems, memory, results
+from bench import contenders, filesystems, memory, results, scaling, stratum0, stratum0_results
 from bench.contenders import Failed
-from bench.library import APP, FULL, LARGE, QUICK, TAGS_PER_WISH, TINY, Library, NoRegistry, Scale, library, warm
+from bench.library import (
+    APP,
+    FULL,
+    LARGE,
+    QUICK,
+    TAGS_PER_WISH,
+    TINY,
+    Library,
+    NoRegistry,
+    Scale,
+    layered,
+    library,
+    warm,
+)
 from bench.results import Goal, Sample, speed_goals
 
 HERE = os.path.abspath(".bench")
 FILESYSTEMS = ("ext4", "tmpfs")
-PARTS = ("speed", "noop", "memory")
+PARTS = ("speed", "noop", "memory", "stratum0", "scaling")
+NATIVE = ("stratum0", "scaling")
 ROOM = 6_000_000_000
 QUICK_ROOM = 500_000_000
 
@@ -38,9 +52,14 @@ def main() -> int:
     scale = QUICK if options.quick else FULL
     os.makedirs(HERE, exist_ok=True)
     print("\n".join(f"{name:<12}{value}" for name, value in machine().items()))
+    measured: dict[str, Any] = {"scale": asdict(scale), "rounds": options.rounds}
     try:
-        with library(scale, HERE) as stock:
-            measured = measure(stock, scale, options)
+        if set(options.only) - set(NATIVE):
+            with library(scale, HERE) as stock:
+                measured |= measure(stock, scale, options)
+        if set(options.only) & set(NATIVE):
+            with layered(scale, HERE) as stock:
+                measured |= measure_native(stock, scale, options)
     except (Failed, NoRegistry) as error:
         print(f"\nThe benchmark failed: {error}", file=sys.stderr)
         return 1
@@ -49,23 +68,18 @@ def main() -> int:
     goals = report(measured, scale)
     with open(options.output, "w", encoding="utf-8") as file:
         document = measured | {
-            "samples": [asdict(sample) for sample in measured["samples"]],
             "machine": machine(),
-            "goals": [asdict(goal) for goal in goals],
+            "goals": goals,
         }
-        json.dump(document, file, indent=1)
+        json.dump(document, file, indent=1, default=asdict)
         file.write("\n")
     print(f"\nAll samples are in {os.path.relpath(options.output)}.")
     return 1 if options.check and any(goal.reached is False for goal in goals) else 0
 
 
 def measure(stock: Library, scale: Scale, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for, as it goes into the JSON file."""
-    facts = stock.facts
-    print(
-        f"image       {facts['files']:,} files in three layers, {facts['unpacked'] / 1e6:.0f} MB of tar,"
-        f" {facts['compressed'] / 1e6:.0f} MB of gzip"
-    )
+    """What was asked for of the directory target, as it goes into the JSON file."""
+    _describe(stock)
     samples: list[Sample] = []
     noop: list[float] = []
     peaks: dict[str, int] = {}
@@ -78,20 +92,33 @@ def measure(stock: Library, scale: Scale, options: argparse.Namespace) -> dict[s
                 print(f"\nSKIPPED {kind}: {error}")
                 continue
             with filesystems.fresh(kind, room, HERE) as directory:
-                floor = filesystems.write_through(directory, facts["unpacked"])
+                floor = filesystems.write_through(directory, stock.facts["unpacked"])
             print(f"\n{kind}: to write that many bytes into one file, fsync included, takes {floor:.2f} s", end="")
             samples += speed(stock, scale, kind, room, options)
     if "noop" in options.only:
         noop = unchanged(stock, scale, options)
     if "memory" in options.only:
         peaks = peak_memory(stock, scale, options)
-    return {
-        "scale": asdict(scale),
-        "rounds": options.rounds,
-        "samples": samples,
-        "noop": noop,
-        "peaks": peaks,
-    }
+    return {"samples": samples, "noop": noop, "peaks": peaks}
+
+
+def measure_native(stock: Library, scale: Scale, options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for of the stratum 0 target."""
+    _describe(stock)
+    measured: dict[str, Any] = {}
+    if "stratum0" in options.only:
+        measured["stratum0"] = stratum0.run(stock, scale, options, HERE)
+    if "scaling" in options.only:
+        measured["growths"] = scaling.run(stock, scale, options, HERE)
+    return measured
+
+
+def _describe(stock: Library) -> None:
+    facts = stock.facts
+    print(
+        f"\nimage       {facts['files']:,} files in three layers, {facts['unpacked'] / 1e6:.0f} MB of tar,"
+        f" {facts['compressed'] / 1e6:.0f} MB of gzip"
+    )
 
 
 def speed(stock: Library, scale: Scale, kind: str, room: int, options: argparse.Namespace) -> list[Sample]:
@@ -117,7 +144,7 @@ def _one_contender(
     stock: Library, scale: Scale, kind: str, name: str, directory: str, options: argparse.Namespace
 ) -> list[Sample]:
     filesystems.settle()
-    warm(HERE, scale)
+    warm(HERE, scale.key)
     # Programs and libraries come into memory with a small job that is not measured.
     _contender(name, os.path.join(directory, "warm"), options).run("first", stock.tiny())
     contender = _contender(name, os.path.join(directory, "measured"), options)
@@ -194,11 +221,20 @@ def _peak(wish: str, options: argparse.Namespace) -> int:
 
 
 def report(measured: dict[str, Any], scale: Scale) -> list[Goal]:
-    samples: list[Sample] = measured["samples"]
-    if samples:
-        print("\n" + "\n".join(results.table(samples)))
-    goals = [goal for kind in dict.fromkeys(s.filesystem for s in samples) for goal in speed_goals(samples, kind)]
-    goals += [results.noop_goal(scale.tags, measured["noop"]), *results.memory_goals(measured["peaks"])]
+    goals: list[Goal] = []
+    if "samples" in measured:
+        samples: list[Sample] = measured["samples"]
+        if samples:
+            print("\n" + "\n".join(results.table(samples)))
+        goals += [goal for kind in dict.fromkeys(s.filesystem for s in samples) for goal in speed_goals(samples, kind)]
+        goals += [results.noop_goal(scale.tags, measured["noop"]), *results.memory_goals(measured["peaks"])]
+    if "stratum0" in measured:
+        native = measured["stratum0"]
+        print("\n" + "\n".join(stratum0_results.table(native["costs"], native["stored"])))
+        goals += stratum0_results.goals(**native)
+    if "growths" in measured:
+        print("\n" + "\n".join(stratum0_results.growth_table(measured["growths"])))
+        goals += stratum0_results.growth_goals(measured["growths"])
     print("\n" + "\n".join(str(goal) for goal in goals))
     if scale != FULL:
         print("\nThese were small images: start-up dominates, and neither times nor goals mean anything.")
@@ -237,7 +273,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each is measured (default 3)")
     parser.add_argument("--jobs", type=int, metavar="N", help="unpacker's --jobs (default: its own)")
     parser.add_argument("--filesystems", type=_choices(FILESYSTEMS), default=FILESYSTEMS, metavar="ext4,tmpfs")
-    parser.add_argument("--only", type=_choices(PARTS), default=PARTS, metavar="speed,noop,memory")
+    parser.add_argument("--only", type=_choices(PARTS), default=PARTS, metavar="speed,noop,memory,stratum0,scaling")
     parser.add_argument("--output", default=os.path.join(HERE, "results.json"), metavar="FILE")
     parser.add_argument(
         "--check", action="store_true", help="end with 1 unless all goals that were measured are reached"
