@@ -30,6 +30,8 @@ $(STAMP): pyproject.toml
 	    "make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$("$(PYTHON)" --version) is too old:" \
 	    "3.11 or newer is needed. Name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@[ -w . ] || { echo "$$(pwd) cannot be written to, and all that make does goes there:" \
+	    "clone or copy it to where you may write, and run make there" >&2; exit 1; }
 	@rm -rf "$(VENV)"
 	@if command -v uv >/dev/null; then \
 	    echo "Installing into $(VENV) with uv" && \
@@ -65,7 +67,8 @@ bench: $(STAMP)
 	@"$(VENV)/bin/python" -m bench.run $(BENCH)
 
 torture: $(STAMP)
-	"$(VENV)/bin/python" -m pytest tests/test_kills.py --torture -n $(JOBS) $(TESTS)
+	"$(VENV)/bin/python" -m pytest tests/test_kills.py tests/test_kills_stratum0.py tests/test_real_sequences.py \
+	    tests/test_real_client.py --torture -n $(JOBS) $(TESTS)
 
 clean:
 	rm -rf "$(VENV)" .demo .bench build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -61,4 +61,4 @@ def fresh_docker_registry(tmp_path: Path) -> Iterator[debian.DockerRegistry]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--torture", action="store_true", help="kill runs at every point, not at a sample")
+    parser.addoption("--torture", action="store_true", help="every point to be killed at, long sequences")

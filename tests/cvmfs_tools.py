@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -9,13 +10,18 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.cvmfs_repositories import SWISSKNIFE
+from tests.cvmfs_repositories import CVMFS2, SWISSKNIFE
 
 SERVER = shutil.which("cvmfs_server")
 BWRAP = shutil.which("bwrap")
 needs_collector = pytest.mark.skipif(
     SWISSKNIFE is None or BWRAP is None,
     reason="cvmfs_swissknife or bwrap is not installed: the official garbage collection has not met ours",
+)
+
+needs_client = pytest.mark.skipif(
+    CVMFS2 is None or os.geteuid() != 0 or not os.path.exists("/dev/fuse") or SWISSKNIFE is None,
+    reason="cvmfs2 cannot mount here (not installed, no /dev/fuse, or not root): no client has seen what we publish",
 )
 
 
@@ -44,6 +50,19 @@ def collected(directory: str, url: str, name: str, keys: str, checksum: str, scr
     # It insists on its statistics in this one place, which a test must not write to.
     inside = [str(BWRAP), "--dev-bind", "/", "/", "--tmpfs", "/var/spool", "--dir", f"/var/spool/cvmfs/{name}"]
     return _run("gc", *arguments, "-z", str(younger), "-l", inside=inside)
+
+
+def replicated(url: str, name: str, key: str, replica: str, replica_url: str, scratch: str) -> Verdict:
+    """Brings a replica up to date as a stratum 1 does (`cvmfs_server snapshot`) and judges it; begins one if there is
+    none. The checksum of its own reference log is kept beside it."""
+    first = not os.path.exists(f"{replica}.chksum")
+    for group in (*(f"{n:02x}" for n in range(256)), "txn"):
+        os.makedirs(f"{replica}/data/{group}", exist_ok=True)
+    upstream = f"local,{replica}/data/txn,{replica}"
+    arguments = ["-m", name, "-u", url, "-w", replica_url, "-r", upstream, "-k", key, "-x", scratch]
+    arguments += ["-R", f"{replica}.chksum", "-n", "4", "-t", "10", "-a", "2", "-i" if first else "-p"]
+    done = _run("pull", *arguments)
+    return judged(replica, "-R", f"{replica}.chksum") if done.is_sound else done
 
 
 def _run(*arguments: str, good: str = "", inside: Sequence[str] = ()) -> Verdict:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from unpacker.changeset import Entry
 from unpacker.digest import Stream
@@ -30,9 +31,10 @@ class MemoryStore:
     """Keeps contents by their sha256; what a batch got counts once it was left cleanly.
 
     `committed` counts the batches left cleanly, `abandoned` the others. With `keep=False` only sizes and hashes are
-    looked at, for measuring.
+    looked at, for measuring. `wants_threads` is for tests to change.
     """
 
+    wants_threads: ClassVar[bool] = False
     contents: dict[str, bytes] = field(default_factory=dict)
     keep: bool = True
     committed: int = 0
@@ -73,6 +75,7 @@ class MemoryBatch:
     keep: bool = True
     written: int = 0
     contents: dict[str, bytes] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def put(self, stream: Stream, size: int, hint: Entry) -> str:
         pieces, left = [], size
@@ -85,7 +88,8 @@ class MemoryBatch:
             if self.keep:
                 pieces.append(data)
         assert stream.read(1) == b"", "a content longer than announced"
-        self.written += size
         token = hasher.hexdigest()
-        self.contents[token] = b"".join(pieces)
+        with self._lock:
+            self.written += size
+            self.contents[token] = b"".join(pieces)
         return token

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from unpacker.contracts import Publisher, Release
 from unpacker.digest import Digest
 from unpacker.errors import Busy, PublishError
 from unpacker.image import Image, Layer, Pinned
-from unpacker.oci import LINUX_AMD64, Descriptor, ImageConfig, Manifest, parse_manifest
+from unpacker.multiarch import Place, front_target
+from unpacker.oci import LINUX_AMD64, Descriptor, ImageConfig, Manifest, Platform, parse_manifest
 from unpacker.record import Published
 from unpacker.reference import Reference
 from unpacker.tree import Directory, File, Node, Symlink, Tree
@@ -100,6 +102,40 @@ def publish(publisher: Publisher, name: str, contents: Contents, **options: Any)
     """Publishes one image in a transaction of its own."""
     with publisher.lock(), publisher.transaction(f"publish {name}") as transaction:
         return transaction.publish(release(name, stored(publisher, contents), **options))
+
+
+def platform_release(name: str, tree: Tree | None, platform: str, **options: Any) -> Release:
+    """One platform of several of an image."""
+    what = release(name, tree, **options)
+    record = replace(what.record, platform=Platform.parse(platform), place=Place.PLATFORM)
+    return replace(what, record=record)
+
+
+def front(publisher: Publisher, name: str, platform: str = "linux/amd64", **fields: Any) -> Published:
+    """The record of the name before several platforms, this one first."""
+    first = Platform.parse(platform)
+    return replace(
+        release(name, None).record,
+        platform=first,
+        root=front_target(name, first, variants=publisher.fills_in_variables),
+        manifest_digest="",
+        image_id="",
+        rules="",
+        place=Place.FRONT,
+        **fields,
+    )
+
+
+def publish_platforms(publisher: Publisher, name: str, **contents: bytes) -> dict[str, Published]:
+    """Publishes amd64 and arm64 of one image, and the front before them, in one transaction."""
+    found = {}
+    with publisher.lock(), publisher.transaction(f"publish {name}") as transaction:
+        for architecture, content in contents.items():
+            tree = stored(publisher, {"motd": content})
+            what = platform_release(name, tree, f"linux/{architecture}", seed=architecture)
+            found[architecture] = transaction.publish(what)
+        found["front"] = transaction.point(front(publisher, name))
+    return found
 
 
 class PublisherContract:
@@ -280,6 +316,68 @@ class PublisherContract:
             with publisher.transaction("inner"):
                 pass
 
+    def test_each_platform_is_a_name_of_its_own_and_the_front_leads_to_one(
+        self, publisher: Publisher, visible: Visible, again: Callable[[], Publisher]
+    ) -> None:
+        records = publish_platforms(publisher, NAME, amd64=b"one", arm64=b"two")
+        assert visible(NAME) == visible(f".multiarch/amd64/{NAME}") == {"": "d 0755", "motd": "f 0644 one"}
+        assert visible(f".multiarch/arm64:v8/{NAME}") == {"": "d 0755", "motd": "f 0644 two"}
+        expected = {
+            NAME: records["front"],
+            f".multiarch/amd64/{NAME}": records["amd64"],
+            f".multiarch/arm64:v8/{NAME}": records["arm64"],
+        }
+        assert publisher.published() == again().published() == expected
+
+    def test_platforms_are_found_by_what_machines_call_themselves(self, publisher: Publisher, visible: Visible) -> None:
+        publish_platforms(publisher, NAME, amd64=b"one", arm64=b"two")
+        publish_platforms(publisher, OTHER, amd64=b"one")
+        for alias in ("x86_64", "x86-64"):
+            assert visible(f".multiarch/{alias}/{OTHER}") == {"": "d 0755", "motd": "f 0644 one"}
+        for alias in ("aarch64", "arm64"):
+            assert visible(f".multiarch/{alias}/{NAME}") == {"": "d 0755", "motd": "f 0644 two"}
+        assert visible(f".multiarch/i386/{NAME}") is None
+
+    def test_one_platform_of_a_tag_shares_its_root_with_a_plain_name(self, publisher: Publisher) -> None:
+        first = publish(publisher, OTHER, {"motd": b"one"}, seed="amd64")
+        with publisher.transaction("publish") as transaction:
+            second = transaction.publish(platform_release(NAME, None, "linux/amd64", seed="amd64"))
+        assert second.root == first.root
+
+    def test_a_plain_name_becomes_a_front_and_plain_again(self, publisher: Publisher, visible: Visible) -> None:
+        plain = publish(publisher, NAME, {"motd": b"one"}, seed="amd64")
+        records = publish_platforms(publisher, NAME, amd64=b"one", arm64=b"two")
+        assert records["front"].replaces == plain
+        assert records["amd64"].root == plain.root
+        assert visible(NAME) == {"": "d 0755", "motd": "f 0644 one"}
+        with publisher.transaction("plain") as transaction:
+            after = transaction.publish(release(NAME, None, seed="arm64"))
+            transaction.remove([f".multiarch/amd64/{NAME}", f".multiarch/arm64:v8/{NAME}"], now=2000)
+        assert after.replaces == _bare(records["front"])
+        assert publisher.published() == {NAME: after}
+        assert visible(NAME) == {"": "d 0755", "motd": "f 0644 two"}
+        assert visible(f".multiarch/amd64/{NAME}") is None
+
+    def test_a_front_and_its_platforms_go_together_and_come_back(self, publisher: Publisher, visible: Visible) -> None:
+        records = publish_platforms(publisher, NAME, amd64=b"one", arm64=b"two")
+        other = publish_platforms(publisher, OTHER, amd64=b"one")
+        with publisher.transaction("remove") as transaction:
+            transaction.remove([record.public_path for record in records.values()], now=2000)
+        assert set(publisher.published()) == {record.public_path for record in other.values()}
+        assert visible(NAME) is None
+        again = publish_platforms(publisher, NAME, amd64=b"one", arm64=b"two")
+        assert {name: record.root for name, record in again.items()} == {
+            name: record.root for name, record in records.items()
+        }
+
+    def test_a_front_is_aborted_with_all_else(self, publisher: Publisher, visible: Visible) -> None:
+        before = publish(publisher, NAME, {"motd": b"one"})
+        with pytest.raises(RuntimeError), publisher.transaction("publish") as transaction:
+            transaction.point(front(publisher, NAME))
+            raise RuntimeError("stop")
+        assert publisher.published() == {NAME: before}
+        assert visible(NAME) == {"": "d 0755", "motd": "f 0644 one"}
+
     def test_names_that_are_not_utf_8_survive(self, publisher: Publisher, visible: Visible) -> None:
         publish(publisher, NAME, {"caf\udce9": b"x", "l": "caf\udce9"})
         found = visible(NAME)
@@ -312,6 +410,4 @@ class PublisherContract:
 
 
 def _bare(record: Published) -> Published:
-    from dataclasses import replace
-
     return replace(record, replaces=None)

@@ -9,7 +9,7 @@ from unpacker.digest import Digest
 from unpacker.image import Layer
 from unpacker.limits import Limits
 from unpacker.oci import OCI_LAYER, Descriptor
-from unpacker.tar import Member, TarReader
+from unpacker.tar.reader import Member, TarReader
 
 END = bytes(1024)
 USTAR = b"ustar\x0000"

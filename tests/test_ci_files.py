@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import configparser
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +18,9 @@ import pytest
 import typer
 import yaml
 from typer.main import get_command
+
+from tests.fake_registry import FakeRegistry
+from tests.images import file, image, layer
 
 TOP = Path(__file__).parent.parent
 SHELL_ENDS = {"|", "||", "&", "&&", ";", ">", ">>", "<", "(", ")", "2>", "]"}
@@ -221,6 +228,72 @@ def test_pull_requests_at_github_get_no_secret_and_no_publisher() -> None:
         for step in job["steps"]:
             # An expression inside a script would run what somebody typed into a title or a branch name.
             assert "${{" not in step.get("run", "")
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_plan_at_gitlab_shows_what_the_merge_request_changes_and_nothing_else(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    registry.add("org/app", "1.0", image(layer(file("app", b"x"))))
+    wishlist = tmp_path / "wishlist.yaml"
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "init.defaultBranch=main"]
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(*names: str) -> str:
+        wishlist.write_text("version: 2\nimages: [" + ", ".join(f"'http://{registry.host}/{n}'" for n in names) + "]\n")
+        git("add", "--all")
+        git("commit", "--quiet", "--message", "a wishlist")
+        return git("rev-parse", "HEAD")
+
+    def planned(base: str) -> str:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "CI_MERGE_REQUEST_DIFF_BASE_SHA": base}
+        script = "set -e\n" + "\n".join(load("gitlab-ci.yml")["plan"]["script"])
+        done = subprocess.run(["sh", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "plan.md").read_text()
+
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "nothing yet")
+    first = git("rev-parse", "HEAD")
+    base = commit("org/gone:1")
+    git("switch", "--quiet", "--create", "merge-request")
+    commit("org/gone:1", "org/app:1.0")
+    git("switch", "--quiet", "main")
+    commit("org/gone:1", "org/meanwhile:1")
+    git("switch", "--quiet", "merge-request")
+    plan = planned(base)
+    assert "org/app:1.0" in plan and "org/gone" not in plan and "org/meanwhile" not in plan
+    commit("org/app:1.0")
+    assert "org/app:1.0" in planned(first)
+
+
+@pytest.mark.parametrize("name", ["gitlab-ci.yml", "github-workflow.yml"])
+def test_the_scripts_in_pipelines_are_shell(name: str) -> None:
+    found = 0
+    for job in (load(name).get("jobs") or load(name)).values():
+        if not isinstance(job, dict):
+            continue
+        steps = [step.get("run", "") for step in job.get("steps", [])]
+        for script in (*steps, *job.get("before_script", []), *job.get("script", [])):
+            done = subprocess.run(["sh", "-n"], input=script, capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (0, ""), script
+            found += 1
+    assert found >= 7
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_has_nothing_to_say_against_the_units(tmp_path: Path) -> None:
+    for name in ("unpacker.service", "unpacker.timer"):
+        text = (TOP / "ci" / name).read_text()
+        # It looks for the programs, too, which need not be on this machine.
+        (tmp_path / name).write_text(re.sub(r"^(Exec\w+=)/\S+", r"\1/bin/true", text, flags=re.MULTILINE))
+    paths = [str(tmp_path / "unpacker.service"), str(tmp_path / "unpacker.timer")]
+    done = subprocess.run(["systemd-analyze", "verify", *paths], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_units_parse_and_belong_together() -> None:

@@ -86,6 +86,28 @@ def test_plan_shows_what_would_be_done_and_does_nothing(user: User) -> None:
     assert not (user.path / "state").exists()
 
 
+def test_a_target_that_is_not_there_is_named_by_status_and_refused_by_what_needs_one(user: User) -> None:
+    user.wishlist("HOST/org/app:1.0")
+    shown = user("status", "wishlist.yaml")
+    assert shown.returncode == 0 and f"no target at {user.target} yet" in shown.stderr
+    assert f"no target at {user.target}; " in user("verify").stderr
+    user.target.write_text("a file")
+    assert user("gc").stderr == f"unpacker: {user.target} is no directory, so it is no target\n"
+
+
+def test_an_image_at_the_command_line_is_no_yaml(user: User) -> None:
+    for name in ("r.example/x:1'", 'r.example/x:1"', "r.example/x:1', tags: ['2", "r.example/x:\udcff"):
+        done = user("publish", name)
+        assert done.returncode == 2 and "not a" in done.stderr and "YAML" not in done.stderr
+
+
+def test_a_repository_that_is_not_there_is_said_once(user: User) -> None:
+    user.wishlist("HOST/org/app:1.0")
+    done = user("reconcile", "--target", f"stratum0:{user.path}/none")
+    assert done.returncode == 5
+    assert done.stderr.count("there is no repository there") == 1
+
+
 def test_plan_exits_10_for_changes_when_asked_to(user: User) -> None:
     user.wishlist("HOST/org/app:1.*")
     assert user("plan", "--detailed-exitcode").returncode == 10
@@ -262,6 +284,35 @@ def test_a_stopped_run_ends_its_workers_and_the_next_converges(user: User, numbe
     user.fake.slow = None
     assert user("reconcile").returncode == 0
     assert not list((user.target / ".unpacker/txn").iterdir())
+
+
+STUBBORN = """
+import time
+from unpacker.cli import exits
+exits.unwind_on_signals()
+try:
+    print("working", flush=True)
+    time.sleep(60)
+except exits.Stopped:
+    print("unwinding", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_second_signal_breaks_nothing_off_and_the_third_ends_the_run_at_once() -> None:
+    run = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stderr is not None
+    assert run.stdout.readline() == "working\n"
+    run.terminate()
+    assert run.stdout.readline() == "unwinding\n"
+    run.terminate()
+    assert "once more" in run.stderr.readline()
+    assert run.poll() is None
+    began = time.monotonic()
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=20) == ("", "")
+    assert run.returncode == 130
+    assert time.monotonic() - began < 5
 
 
 def test_verify_names_the_damage_and_exits_5_and_rebuild_mends_it(user: User) -> None:

@@ -20,7 +20,7 @@ from unpacker.cvmfs.compose import Composition, Mount, compose
 from unpacker.cvmfs.edit import Change, Edited, create_root, edit
 from unpacker.cvmfs.hash import ContentHash
 from unpacker.cvmfs.objects import ObjectStore
-from unpacker.cvmfs.reader import Reader, node
+from unpacker.cvmfs.reader import Reader, node, open_catalog
 from unpacker.errors import PublishError
 from unpacker.tree import Directory, File, Node, Special, Symlink, Tree
 
@@ -407,6 +407,36 @@ def test_hard_links_that_stay_behind_have_one_link_less(objects: ObjectStore, em
             links = {found.path: found.row.hardlinks for found in reader.children("")}
         assert {links["/a"], links["/c"]} == {left}
         assert links.get("/b", 1) == 1
+
+
+def test_a_full_catalog_on_the_way_to_images_takes_in_names_but_no_more_of_what_is_below_them(
+    objects: ObjectStore, empty: ContentHash
+) -> None:
+    """Two files for each name, as records have, one edit after the other; what stands stays as it is."""
+    content = objects.put(deflation.dense(b"1"))
+    record = file()._replace(token=f"z:{content.hex}")
+    names = [f"/.metadata/registry/team/image:{number:02}" for number in range(30)]
+    root, full = empty, 20
+    for name in names:
+        root = edit(objects, root, {f"{name}/a": record, f"{name}/b": record}, NOW, full=full).root
+    found = shown(objects, root)
+    assert [found[name] for name in names] == 6 * ["/"] + 24 * ["//"]
+    with Reader(objects, root) as reader:
+        team = reader.lookup("/.metadata/registry/team")
+        assert team is not None and team.nested is not None
+    with open_catalog(objects, team.nested.hash, "/.metadata/registry/team") as catalog:
+        # Itself and its marker; names; the files of those that were first.
+        assert catalog.count() == 2 + 30 + 2 * 6
+    assert check(objects, root) == []
+    removed: dict[str, Change] = dict.fromkeys(names[3:28])
+    edited = edit(objects, root, removed | {f"{names[29]}/a": link("x")}, NOW, full=full)
+    if shutil.which("cvmfs_swissknife") is not None:
+        assert judged(objects, edited) == ""
+    assert check(objects, edited.root) == []
+    assert sum(kind == "//" for kind in shown(objects, edited.root).values()) == 3 + 2
+    last = edit(objects, edited.root, dict.fromkeys([*names[:3], *names[28:]]), NOW, full=full)
+    assert shown(objects, last.root) == {"": "/"}
+    assert last.counters == create_root(objects, THEN).counters
 
 
 # The judge.

@@ -219,7 +219,7 @@ class TestCompression:
         monkeypatch.setattr(zlib, "compress", lambda data, level=6: compress(data, 5))
         deflation.check_zlib.cache_clear()
         try:
-            with pytest.raises(PublishError, match=r"original zlib.*'dense'"):
+            with pytest.raises(PublishError, match=r"use a Python with the original zlib"):
                 deflation.compressor("stock")
             deflation.compressor("dense")
         finally:

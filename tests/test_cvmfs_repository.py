@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.cvmfs_repositories import (
 )
 from unpacker.cvmfs import keys, objects, whitelist
 from unpacker.cvmfs.catalog import Catalog
+from unpacker.cvmfs.check import check
 from unpacker.cvmfs.hash import ContentHash
 from unpacker.cvmfs.keys import Certificate, MasterKey, PublicKey
 from unpacker.cvmfs.manifest import Manifest
@@ -122,6 +124,15 @@ def test_every_link_of_the_chain_of_trust_holds_in_a_new_repository(made: Path) 
     assert log_of(repository).checksum("sha1") == manifest.reflog
 
 
+def test_what_replicas_compress_again_is_named_by_what_zlib_makes_of_it(tmp_path: Path) -> None:
+    """A stratum 1 stores certificate and meta info so, whatever we wrote; see also tests/test_real_sequences.py."""
+    repository = Repository.create(str(tmp_path / "r"), NAME, compression="dense", info=b'{"url": "u"}', now=NOW)
+    manifest = publish(open_again(repository), NOW + 1)
+    pem = Certificate.open(f"{tmp_path}/r.keys", NAME).pem
+    assert manifest.certificate == ContentHash.of(zlib.compress(pem), "sha1")
+    assert manifest.meta_info == ContentHash.of(zlib.compress(b'{"url": "u"}'), "sha1")
+
+
 @pytest.mark.parametrize("algorithm", ["rmd160", "shake128"])
 def test_a_repository_of_another_hash_uses_it_throughout(tmp_path: Path, algorithm: str) -> None:
     try:
@@ -135,6 +146,27 @@ def test_a_repository_of_another_hash_uses_it_throughout(tmp_path: Path, algorit
     opened = open_again(made)
     assert (opened.algorithm, opened.compression, opened.objects.algorithm) == (algorithm, "fast", algorithm)
     assert (tmp_path / "r" / ".cvmfswhitelist").read_bytes().count(f"-{algorithm}".upper().encode()) == 1
+
+
+def test_the_meta_info_for_clients_is_published_and_stays(tmp_path: Path) -> None:
+    directory = str(tmp_path / "repository")
+    info = json.dumps({"administrator": "An Operator", "custom": {}}).encode()
+    repository = Repository.create(directory, NAME, info=info, now=NOW)
+    publish(repository, NOW + 1)
+    found = repository.manifest()
+    assert found.meta_info is not None
+    assert repository.objects.read(found.meta_info, objects.META_INFO) == info
+    assert log_of(repository).lists(found.meta_info)
+    assert list(check(directory, now=NOW, spool_root="/nowhere", configuration="/nowhere")) == []
+    if SWISSKNIFE is not None:
+        swissknife_check("-c", "-r", directory)
+
+
+@pytest.mark.parametrize("info", [b"", b"text", b"[]", b'"x"', b"[" * 100_000, b'{"x": "%s"}' % (b"x" * (1 << 20))])
+def test_a_meta_info_that_is_none_is_refused_before_anything_is_made(tmp_path: Path, info: bytes) -> None:
+    with pytest.raises(SettingsError, match="meta info"):
+        Repository.create(str(tmp_path / "repository"), NAME, info=info, now=NOW)
+    assert os.listdir(tmp_path) == []
 
 
 def test_where_a_repository_or_anything_else_stands_none_is_made(repository: Repository, tmp_path: Path) -> None:
@@ -753,6 +785,6 @@ def test_a_client_mounts_an_empty_repository_and_follows_to_the_next_revision(tm
         assert os.listdir(mount) == []
         assert os.getxattr(mount, "user.revision") == b"1"
         published = publish(repository, int(time.time()) + 1)
-        remount(tmp_path / "client")
+        remount(tmp_path / "client", 2)
         assert os.getxattr(mount, "user.revision") == b"2"
         assert os.getxattr(mount, "user.root_hash").decode() == published.root.hex

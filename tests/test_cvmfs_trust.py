@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import shutil
@@ -151,6 +152,22 @@ def test_an_encrypted_key_and_one_of_another_kind_are_refused(directory: Path) -
         RepositoryKey.open(str(directory), NAME)
     path.write_bytes(elliptic.private_bytes(pem, pkcs8, serialization.BestAvailableEncryption(b"secret")))
     with pytest.raises(PublishError, match="encrypted with a passphrase"):
+        RepositoryKey.open(str(directory), NAME)
+
+
+def test_a_key_with_flipped_bits_is_found_when_opening_and_not_when_publishing(directory: Path) -> None:
+    path = directory / f"{NAME}.key"
+    key = serialization.load_pem_private_key(path.read_bytes(), None)
+    assert isinstance(key, rsa.RSAPrivateKey)
+    form = serialization.PrivateFormat.TraditionalOpenSSL
+    data = bytearray(key.private_bytes(serialization.Encoding.DER, form, serialization.NoEncryption()))
+    numbers = key.private_numbers()
+    for number in (numbers.d, numbers.p):
+        data[data.index(number.to_bytes((number.bit_length() + 7) // 8, "big")) + 20] ^= 4
+    path.unlink()
+    body = base64.encodebytes(data).decode()
+    path.write_text(f"-----BEGIN RSA PRIVATE KEY-----\n{body}-----END RSA PRIVATE KEY-----\n")
+    with pytest.raises(PublishError, match="is damaged"):
         RepositoryKey.open(str(directory), NAME)
 
 

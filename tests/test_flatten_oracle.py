@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from tests import images
 from tests.memory_store import MemoryStore
 from unpacker import oci
+from unpacker.apply import apply
 from unpacker.changeset import Changeset, Entry, Kind, Xattrs
 from unpacker.digest import Digest
 from unpacker.errors import ImageError
@@ -32,7 +33,7 @@ from unpacker.layer import read
 from unpacker.limits import Limits
 from unpacker.oci import Descriptor
 from unpacker.rootfs import Policy, publishable
-from unpacker.tree import EMPTY, Directory, File, Node, Special, Symlink, Tree, apply, lookup, walk
+from unpacker.tree import EMPTY, Directory, File, Node, Special, Symlink, Tree, lookup, walk
 
 IS_ROOT = os.geteuid() == 0
 POLICY = Policy()

@@ -27,7 +27,7 @@ from unpacker.errors import ImageError, IntegrityError
 from unpacker.limits import Limits
 from unpacker.oci import OCI_LAYER
 from unpacker.rootfs import Policy
-from unpacker.tar import TarReader
+from unpacker.tar.reader import TarReader
 
 MIB = 1 << 20
 SMALL = Limits(image_unpacked=10 * MIB, image_entries=1000)
@@ -314,6 +314,13 @@ def test_sizes_that_make_no_sense_are_refused(size: bytes) -> None:
 def test_owners_that_no_system_has_are_refused(field: str) -> None:
     for value in (b"\xff" * 8, b"\x80" + b"\xff" * 7, b"\x80\0\0\0" + b"\xff" * 4):
         malformed(header(b"f", magic=GNU, **{field: value}) + END, f"{field} is")
+
+
+@pytest.mark.parametrize("field", ["uid", "gid"])
+def test_a_number_that_passed_as_a_mode_is_no_owner_for_that(field: str) -> None:
+    large = b"\x80" + b"\xff" * 7
+    first = header(b"a", magic=GNU) + header(b"b", magic=GNU, mode=large)
+    malformed(first + header(b"c", magic=GNU, **{field: large}) + END, f"{field} is")
 
 
 def test_times_and_modes_of_any_number_do_no_harm() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import os
 import signal
@@ -11,21 +13,32 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.fake_registry import FakeRegistry
-from tests.images import BuiltImage, file, image, layer
+from tests.images import BuiltImage, directory, file, image, layer, symlink
 from tests.test_cli import User
 from tests.test_reconcile import APP, Site, done, failures
-from unpacker import journal
-from unpacker.errors import PublishError, RegistryError
+from unpacker import journal, storing
+from unpacker.changeset import Entry
+from unpacker.digest import Stream
+from unpacker.errors import NoRoom, PublishError, RegistryError
 from unpacker.limits import Limits
 from unpacker.proposal import propose
-from unpacker.reconcile import exit_code, survey
+from unpacker.publish import posix
+from unpacker.publish.directory import DirectoryPublisher
+from unpacker.publish.pool import PoolBatch
+from unpacker.publish.transaction import DirectoryTransaction
+from unpacker.reconcile import exit_code
+from unpacker.record import Published
 from unpacker.reference import Repository
 from unpacker.registry.client import Access
+from unpacker.rootfs import EARLIEST
+from unpacker.survey import survey
+from unpacker.verify import verify
 from unpacker.wishlist import parse
 
 
@@ -184,6 +197,153 @@ def test_what_is_published_is_for_all_to_read_whatever_the_mask_of_the_publisher
     while path != user.target.parent:
         assert path.stat().st_mode & 0o004, path
         path = path.parent
+
+
+# -- a disk that is full ----------------------------------------------------------------------------------------
+
+
+def stored(target: Path) -> int:
+    """Bytes of contents, while others come and go."""
+    sizes: dict[int, int] = {}
+    for place in ("pool", "txn"):
+        for parent, _, names in os.walk(target / ".unpacker" / place):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    own = os.lstat(f"{parent}/{name}")
+                    sizes[own.st_ino] = own.st_size
+    return sum(sizes.values())
+
+
+@pytest.fixture
+def small_disk(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """A site whose disk takes 40,000 bytes of contents."""
+    put = PoolBatch.put
+
+    def bounded(batch: PoolBatch, stream: Stream, size: int, hint: Entry) -> str:
+        if stored(site.target) + size > 40_000:
+            raise posix.failure(OSError(errno.ENOSPC, "No space left on device"), "storing contents")
+        return put(batch, stream, size, hint)
+
+    monkeypatch.setattr(PoolBatch, "put", bounded)
+    monkeypatch.setattr(storing, "BATCH_BYTES", 4_000)  # so that most of a layer is stored for good before it fails
+    monkeypatch.setattr(posix, "syncfs", lambda fd: None)
+    return site
+
+
+def filling(name: str, size: int) -> BuiltImage:
+    return image(layer(*(file(f"{name}/{i}", f"{name}{i}".encode().ljust(1000, b".")) for i in range(size // 1000))))
+
+
+def test_an_image_too_large_for_the_disk_stops_no_other_and_leaves_the_disk_as_it_was(small_disk: Site) -> None:
+    site = small_disk
+    site.fake.add("org/app", "a", filling("a", 100_000))
+    for tag in "bcd":
+        site.fake.add("org/app", tag, filling(tag, 5_000))
+    for _ in range(2):
+        result = site.run("HOST/org/app:*")
+        (failed,) = failures(result).values()
+        assert failed.action.public_path.endswith("org/app:a") and isinstance(failed.error, NoRoom)
+        assert site.names() == {"org/app:b", "org/app:c", "org/app:d"}
+        pooled = [p for p in (site.target / ".unpacker/pool").rglob("*") if p.is_file()]
+        assert pooled and all(p.stat().st_nlink > 1 for p in pooled), "nothing is left of what was not published"
+        assert not list(
+            verify(str(site.target), DirectoryPublisher(str(site.target)).published().values(), quick=False)
+        )
+    note = json.loads((site.target / ".metadata/status.json").read_text())
+    assert {name.partition(":")[2][-1] for name in note["names"]} == set("bcd")
+    assert [name[-1] for name in note["wishlists"]["ours"]["failing"]] == ["a"]
+
+
+def test_a_single_image_too_large_for_the_disk_is_tried_once(small_disk: Site) -> None:
+    small_disk.fake.add("org/app", "a", filling("a", 100_000))
+    assert done(small_disk.run("HOST/org/app:a")) == {"org/app:a": "failed"}
+    assert small_disk.fake.count("GET", "/blobs/") == 2, "its layer and its config"
+
+
+# -- what a file system cannot hold -----------------------------------------------------------------------------
+
+
+def test_times_beyond_those_of_any_file_system_are_moved_counted_and_verified(site: Site) -> None:
+    old = (file("f", b"x", mtime=-5e9), symlink("l", "f", mtime=-6e9), directory("d", mtime=-7e9))
+    site.fake.add("org/app", "1", image(layer(*old, file("far", b"x", mtime=9e9), file("1969", b"x", mtime=-1.5))))
+    assert failures(site.run("HOST/org/app:1")) == {}
+    (record,) = DirectoryPublisher(str(site.target)).published().values()
+    assert isinstance(record, Published)
+    assert record.altered["times"] == 3
+    assert list(verify(str(site.target), [record], quick=False)) == []
+    kept = dict.fromkeys("fld", EARLIEST) | {"far": 9 * 10**18, "1969": -1_500_000_000}
+    assert {name: (site.root("org/app:1") / name).lstat().st_mtime_ns for name in kept} == kept
+
+
+# -- a run that broke off between records and links -------------------------------------------------------------
+
+
+@pytest.fixture
+def half(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """A site whose first run was stopped after it had placed the record of its image, before the link."""
+    site.fake.add("org/app", "1", APP)
+    site.fake.add("org/other", "1", single("other"))
+
+    def stop(transaction: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(DirectoryTransaction, "_switch_links", stop)
+        site.run("HOST/org/app:1")
+    assert site.names() == set()
+    assert (site.target / ".metadata" / site.fake.host / "org/app:1/record.json").exists()
+    return site
+
+
+def test_a_record_without_link_that_is_still_wished_gets_its_link_and_no_layer_is_read_again(half: Site) -> None:
+    assert done(half.run("HOST/org/app:1")) == {"org/app:1": "published"}
+    assert half.names() == {"org/app:1"}
+    assert [r for r in half.requested() if "/blobs/" in r] == [f"GET org/app/blobs/{APP.image_id}"], "but the config"
+
+
+def test_a_record_without_link_that_is_no_longer_wished_goes_with_the_next_run(half: Site) -> None:
+    assert done(half.run("HOST/org/other:1")) == {"org/other:1": "published"}
+    assert half.names() == {"org/other:1"}
+    assert os.listdir(half.target / ".metadata" / half.fake.host / "org") == ["other:1"]
+    assert os.listdir(half.target / ".unpacker/txn") == []
+
+
+# -- what somebody else put into the target ---------------------------------------------------------------------
+
+
+def test_a_directory_where_a_public_link_belongs_stops_only_that_image_and_says_what_to_do(user: User) -> None:
+    user.fake.add("org/app", "1.0", APP)
+    user.fake.add("org/app", "2.0", single("two"))
+    user.wishlist("HOST/org/app:*")
+    own = user.target / user.fake.host / "org/app:1.0"
+    own.mkdir(parents=True)
+    (own / "notes").write_text("mine")
+    said = f"{own} is no symlink, so it is none of ours and stays as it is: move it away"
+    plan = user("plan")
+    assert plan.returncode == 1
+    assert said in plan.stdout and "1 to publish" in plan.stdout and "1 not resolved" in plan.stdout
+    run = user("reconcile", "--json")
+    assert run.returncode == 1, run.stderr
+    value = json.loads(run.stdout)
+    assert [o["result"] for o in value["outcomes"]] == ["published"]
+    assert [(u["kind"], said in u["error"]) for u in value["unresolved"]] == [("PublishError", True)]
+    assert (own.parent / "app:2.0").is_symlink() and (own / "notes").read_text() == "mine"
+    status = user("status", "wishlist.yaml")
+    assert status.returncode == 1
+    assert "1 published, 1 unreadable" in status.stdout and said in status.stdout
+    own.rename(user.path / "mine")
+    assert user("reconcile").returncode == 0
+    assert "2 published" in user("status").stdout
+
+
+def test_a_file_on_the_way_to_a_name_stops_only_what_is_below_it(site: Site) -> None:
+    site.fake.add("org/app", "1", APP)
+    site.fake.add("other/app", "1", single("other"))
+    site.target.joinpath(site.fake.host).mkdir(parents=True)
+    site.target.joinpath(site.fake.host, "org").write_text("mine")
+    result = site.run("HOST/org/app:1", "HOST/other/app:1")
+    assert done(result) == {"org/app:1": "failed", "other/app:1": "published"}
+    assert f"{site.fake.host}/org stands where a directory belongs" in str(failures(result)["org/app:1"].error)
 
 
 # -- what is remembered -----------------------------------------------------------------------------------------

@@ -7,15 +7,13 @@ from collections.abc import Iterable
 
 import pytest
 
+from unpacker.apply import apply
 from unpacker.changeset import Changeset, Entry, Kind
 from unpacker.errors import ImageError
 from unpacker.limits import Limits
 from unpacker.listing import listing, read
-from unpacker.oci import LINUX_AMD64, ImageConfig
 from unpacker.rootfs import Policy, prepare
-from unpacker.tree import EMPTY, Tree, apply, lookup, walk
-
-CONFIG = ImageConfig(raw=b"{}", platform=LINUX_AMD64, diff_ids=())
+from unpacker.tree import EMPTY, Tree, lookup, walk
 
 
 def file(path: str, token: str = "x") -> Entry:
@@ -140,7 +138,7 @@ DEEP = "/".join(["d"] * 2000)
 def test_a_tree_two_thousand_deep_goes_the_whole_way() -> None:
     tree = apply(EMPTY, layer([file(DEEP + "/f"), Entry(DEEP + "/null", Kind.CHARACTER, device=(1, 3))]))
     tree = apply(tree, layer([file(DEEP + "/g"), hardlink("h", DEEP + "/f")], whiteouts=[DEEP + "/f"]))
-    prepared, counts = prepare(tree, CONFIG, Policy(owner=(1000, 1000)))
+    prepared, counts = prepare(tree, (), Policy(owner=(1000, 1000)))
     rows = list(read(listing(prepared)))
     assert [r.path for r in rows][-2:] == [DEEP + "/g", "h"]
     assert counts == {"devices": 1, "owners": 2003}

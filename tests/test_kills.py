@@ -11,8 +11,11 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -44,15 +47,20 @@ class Place:
     """A target before the run that is killed, and one after a run that was not."""
 
     path: Path
-    fake: FakeRegistry
     points: int
     log: list[list[str]]
+
+    def create(self, at: Path) -> None:
+        """Makes what must be there before the first run."""
 
     def command(self, verb: str, at: Path) -> list[str]:
         common = ["--target", str(at / "target"), "--state", str(at / "state")]
         if verb == "gc":
             return ["gc", "--grace", "0", *common]
         return ["reconcile", str(self.path / "after.yaml"), "--jobs", "1", "--wishlist-id", "ours", *common]
+
+
+P = TypeVar("P", bound=Place)
 
 
 def run(point: int, log: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -106,29 +114,42 @@ def check_links(target: Path) -> None:
     assert links == set(standing)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> object:
-    path = tmp_path_factory.mktemp("kills")
+@contextmanager
+def prepared(kind: type[P], path: Path) -> Iterator[P]:
+    """A place of that kind in `path`, while the registry runs that its wishlists name."""
+    log = path / "log"
     with FakeRegistry() as fake:
         fake.add("org/app", "latest", FIRST)
         fake.add("org/gone", "1", image(layer(file("gone", b"gone"))))
         host = f"http://{fake.host}"
         (path / "before.yaml").write_text(f"version: 2\nimages: ['{host}/org/app:latest', '{host}/org/gone:1']\n")
         (path / "after.yaml").write_text(f"version: 2\nimages: ['{host}/org/app:*', '{host}/org/third:1']\n")
-        before = Place(path, fake, 0, [])
+        before = kind(path, 0, [])
+        before.create(path / "before")
         arguments = before.command("reconcile", path / "before")
         arguments[1] = str(path / "before.yaml")
-        assert run(0, path / "log", arguments).returncode == 0
+        done = run(0, log, arguments)
+        assert done.returncode == 0, done.stderr
         fake.add("org/app", "latest", SECOND)
         fake.add("org/app", "new", SECOND)
         fake.add("org/third", "1", THIRD)
         copy(path / "before", path / "after")
-        (path / "log").unlink()
-        done = run(0, path / "log", before.command("reconcile", path / "after"))
+        log.unlink()
+        done = run(0, log, before.command("reconcile", path / "after"))
         assert done.returncode == 0, done.stderr
-        log = [json.loads(line) for line in (path / "log").read_text().splitlines()]
-        points = 2 * sum(event[0] != "open" for event in log)
-        yield Place(path, fake, points, log)
+        events = [json.loads(line) for line in log.read_text().splitlines()]
+        yield kind(path, points(log), events)
+
+
+def points(log: Path) -> int:
+    """At how many points the run of that log could have been killed."""
+    return 2 * sum(json.loads(line)[0] != "open" for line in log.read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with prepared(Place, tmp_path_factory.mktemp("kills")) as place:
+        yield place
 
 
 def chosen(points: int, share: int, config: pytest.Config) -> list[int]:
@@ -168,12 +189,11 @@ def test_a_killed_gc_leaves_every_link_whole_and_the_next_gc_converges(
     whole = copy(place.path / "after", tmp_path / "whole")
     log = tmp_path / "log"
     assert run(0, log, place.command("gc", whole)).returncode == 0
-    points = 2 * sum(json.loads(line)[0] != "open" for line in log.read_text().splitlines())
+    everything = list(range(1, points(log) + 1))
     wanted = snapshot(whole / "target")
     assert len(list((whole / "target" / ".flat").glob("*/*"))) == 2, "the two roots without a name are gone"
-    everything = list(range(1, points + 1))
     if not pytestconfig.getoption("--torture"):
-        everything = everything[:: max(1, points // 8)]
+        everything = everything[:: max(1, len(everything) // 8)]
     for point in everything:
         here = copy(place.path / "after", tmp_path / f"at-{point}")
         assert run(point, tmp_path / "log", place.command("gc", here)).returncode == -9

@@ -5,7 +5,6 @@ A sample of the points before and after every change of a name and every sync; a
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cvmfs_repositories import SWISSKNIFE, swissknife_check
-from tests.fake_registry import FakeRegistry
-from tests.images import file, image, layer
-from tests.test_kills import FIRST, SECOND, THIRD, Place, copy, run
+from tests.test_kills import Place, copy, points, prepared, run
 from unpacker.audit import audit
 from unpacker.cvmfs.reader import Reader
 from unpacker.cvmfs.reflog import FILE as REFLOG
@@ -28,6 +25,9 @@ NOW = 4_000_000_000
 
 
 class StratumPlace(Place):
+    def create(self, at: Path) -> None:
+        Repository.create(str(at / "target"), "try.example.org", now=NOW - 1000)
+
     def command(self, verb: str, at: Path) -> list[str]:
         common = ["--target", f"stratum0:{at / 'target'}", "--state", str(at / "state")]
         if verb == "gc":
@@ -37,28 +37,8 @@ class StratumPlace(Place):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StratumPlace]:
-    path = tmp_path_factory.mktemp("kills")
-    with FakeRegistry() as fake:
-        fake.add("org/app", "latest", FIRST)
-        fake.add("org/gone", "1", image(layer(file("gone", b"gone"))))
-        host = f"http://{fake.host}"
-        (path / "before.yaml").write_text(f"version: 2\nimages: ['{host}/org/app:latest', '{host}/org/gone:1']\n")
-        (path / "after.yaml").write_text(f"version: 2\nimages: ['{host}/org/app:*', '{host}/org/third:1']\n")
-        before = StratumPlace(path, fake, 0, [])
-        Repository.create(str(path / "before" / "target"), "try.example.org", now=NOW - 1000)
-        arguments = before.command("reconcile", path / "before")
-        arguments[1] = str(path / "before.yaml")
-        done = run(0, path / "log", arguments)
-        assert done.returncode == 0, done.stderr
-        fake.add("org/app", "latest", SECOND)
-        fake.add("org/app", "new", SECOND)
-        fake.add("org/third", "1", THIRD)
-        copy(path / "before", path / "after")
-        (path / "log").unlink()
-        done = run(0, path / "log", before.command("reconcile", path / "after"))
-        assert done.returncode == 0, done.stderr
-        log = [json.loads(line) for line in (path / "log").read_text().splitlines()]
-        yield StratumPlace(path, fake, 2 * sum(event[0] != "open" for event in log), log)
+    with prepared(StratumPlace, tmp_path_factory.mktemp("kills")) as place:
+        yield place
 
 
 def names(target: Path) -> dict[str, str]:
@@ -93,15 +73,15 @@ def sample(points: int, config: pytest.Config) -> list[int]:
 def test_a_killed_run_leaves_a_whole_revision_and_the_next_one_converges(
     place: StratumPlace, verb: str, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    start, points = place.path / "before", place.points
+    start, most = place.path / "before", place.points
     whole = place.path / "after"
     if verb == "gc":
         start, whole = whole, copy(whole, tmp_path / "whole")
         assert run(0, tmp_path / "log", place.command("gc", whole)).returncode == 0
-        points = 2 * sum(json.loads(line)[0] != "open" for line in (tmp_path / "log").read_text().splitlines())
+        most = points(tmp_path / "log")
     wanted = converged(whole / "target")
     possible = [names(start / "target"), wanted[0]]
-    for point in sample(points, pytestconfig):
+    for point in sample(most, pytestconfig):
         here = copy(start, tmp_path / f"at-{point}")
         killed = run(point, tmp_path / "log", place.command(verb, here))
         assert killed.returncode == -9, f"point {point} was not reached: {killed.stderr}"

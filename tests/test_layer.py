@@ -18,6 +18,7 @@ from tests import images
 from tests.memory_store import MemoryBatch, MemoryStore
 from tests.raw_tar import Pieces, layer_of
 from unpacker import layer as layers
+from unpacker import storing
 from unpacker.changeset import Change, Changeset, Entry, Kind
 from unpacker.digest import Digest, Stream, VerifiedReader
 from unpacker.errors import ImageError, IntegrityError, PublishError, RegistryError
@@ -27,6 +28,12 @@ from unpacker.reference import Repository
 from unpacker.rootfs import Policy
 
 LIMITS = Limits()
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["one thread", "threads"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever holds of a layer holds whether its contents are taken by the thread that reads or by others."""
+    monkeypatch.setattr(MemoryStore, "wants_threads", request.param)
 
 
 def read(tar: bytes, compression: str = "none", store: MemoryStore | None = None, **policy: object) -> Changeset:
@@ -188,7 +195,7 @@ def test_what_aufs_left_behind_is_ignored_but_its_links_are_followed() -> None:
 
 
 def test_batches_are_bounded_and_all_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(storing, "BATCH_BYTES", 10_000)
     store = MemoryStore()
     tar = images.layer(*(images.file(f"f{i}", bytes([i]) * 4000) for i in range(10)))
     changeset = read(tar, "gzip", store)
@@ -197,14 +204,14 @@ def test_batches_are_bounded_and_all_are_left(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_batches_of_many_small_files_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "BATCH_FILES", 3)
+    monkeypatch.setattr(storing, "BATCH_FILES", 3)
     store = MemoryStore()
     read(images.layer(*(images.file(f"f{i}") for i in range(10))), store=store)
     assert store.committed == 4
 
 
 def test_a_batch_becomes_durable_while_the_next_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "BATCH_FILES", 1)
+    monkeypatch.setattr(storing, "BATCH_FILES", 1)
     second_is_open = threading.Event()
 
     class Watched(MemoryStore):
@@ -332,7 +339,7 @@ class Failing(MemoryStore):
 
 @pytest.mark.parametrize("where", ["open", "put", "leave"])
 def test_a_failing_store_stops_everything_and_is_the_cause(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "BATCH_FILES", 2)
+    monkeypatch.setattr(storing, "BATCH_FILES", 2)
     store = Failing()
     store.where = where
     head = b"".join(images.layer(images.file(f"f{i}", b"x"))[:1024] for i in range(20))
@@ -352,7 +359,11 @@ def test_a_last_batch_that_fails_to_become_durable_fails_the_layer() -> None:
 
 
 @pytest.mark.parametrize("cause", [KeyboardInterrupt, SystemExit, RuntimeError])
-def test_an_interrupt_leaves_no_thread_and_no_batch(cause: type[BaseException]) -> None:
+def test_an_interrupt_leaves_no_thread_and_no_batch(
+    cause: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storing, "GROUP_FILES", 1)
+
     class Interrupted(MemoryStore):
         @contextmanager
         def batch(self) -> Iterator[MemoryBatch]:

@@ -7,10 +7,11 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unpacker.apply import apply
 from unpacker.changeset import Changeset, Entry, Kind
 from unpacker.layersview import OPAQUE, layer_tree
 from unpacker.limits import Limits
-from unpacker.tree import EMPTY, Directory, Node, Special, Symlink, Tree, apply, rewrite, walk
+from unpacker.tree import EMPTY, Directory, Node, Special, Symlink, Tree, rewrite, walk
 
 LIMITS = Limits()
 DIFF_ID = "sha256:" + "0" * 64

@@ -9,9 +9,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unpacker.apply import apply
 from unpacker.changeset import Changeset, Entry, Kind
 from unpacker.listing import Row, listing, read
-from unpacker.tree import EMPTY, Tree, apply, walk
+from unpacker.tree import EMPTY, Tree, walk
 
 SHA = "ab" * 32
 

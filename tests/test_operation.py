@@ -16,9 +16,11 @@ import pytest
 from tests.fake_registry import FakeRegistry
 from tests.images import file, image, layer
 from tests.test_cli import APP, User
-from unpacker import report
+from unpacker import assembly, report
 from unpacker.progress import shown
 from unpacker.recipe import is_ignored
+from unpacker.settings import load
+from unpacker.wishlist import parse
 
 
 @pytest.fixture
@@ -80,8 +82,22 @@ def test_a_refused_target_leaves_no_traceback_of_the_workers(user: User) -> None
 def test_who_is_not_root_is_told_what_that_means_once(user: User) -> None:
     if os.geteuid() == 0:
         pytest.skip("root gives files their owners; the unprivileged run tests this")
+    assert user("plan").stderr == ""
     assert "not root" in user("reconcile").stderr
-    assert user("reconcile").stderr == ""
+    assert user("plan").stderr == user("reconcile").stderr == ""
+
+
+def test_that_files_lose_their_owners_is_said_by_the_first_run_and_by_no_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    settings = load({"target": str(tmp_path / "target"), "state": str(tmp_path / "state")}, {}, None)
+    for _ in range(2):
+        assembly.request(parse(b"version: 2\nimages: []\n", "w"), "w", settings, assembly.Choice())
+    assert capsys.readouterr().err == "", "a plan changes nothing, and every one would say it again"
+    (said,) = assembly.prepare_state(settings)
+    assert said.startswith("not root")
+    assert assembly.prepare_state(settings) == ()
 
 
 def test_cron_with_next_to_no_environment_is_enough(user: User) -> None:

@@ -65,6 +65,7 @@ def verbs(result: Plan) -> dict[str, str]:
 
 
 A1 = "reg.example.org/a:1"
+REPOSITORY = Reference.parse(A1).repository
 
 
 def test_what_is_not_published_is_published() -> None:
@@ -140,10 +141,28 @@ def test_a_list_that_could_not_be_read_removes_nothing_of_its_repository_but_oth
 
 def test_a_tag_gone_from_the_registry_is_kept_and_shown_as_vanished() -> None:
     a2 = "reg.example.org/a:2"
-    resolution = Resolution(pinned=(pinned(A1),), listed={"reg.example.org/a": frozenset({"1"})})
+    resolution = Resolution(pinned=(pinned(A1),), listed={REPOSITORY: frozenset({"1"})})
     result = decide(wishes("reg.example.org/a:*"), resolution, standing(published(A1), published(a2)))
     gone = next(a for a in result.actions if a.public_path == a2)
     assert (gone.verb, gone.vanished) == (Verb.KEEP, True)
+
+
+def test_what_is_not_ours_in_the_place_of_a_name_is_an_error_of_that_name_only() -> None:
+    foreign = Unreadable(A1, "/srv/a:1 is no symlink: move it away", is_foreign=True)
+    b = "reg.example.org/b:1"
+    result = decide(wishes(A1, b), Resolution(pinned=(pinned(A1), pinned(b))), {A1: foreign})
+    assert verbs(result) == {b: "publish"}
+    assert [(u.name, str(u.error)) for u in result.unresolved] == [(A1, foreign.problem)]
+
+
+def test_a_tag_list_over_http_says_nothing_of_what_is_gone_over_https() -> None:
+    a2 = "reg.example.org/a:2"
+    plain = replace(REPOSITORY, scheme="http")
+    listed = {REPOSITORY: frozenset({"1", "2"}), plain: frozenset({"1"})}
+    resolution = Resolution(pinned=(pinned(A1),), listed=listed)
+    wished = wishes("https://reg.example.org/a:1*", "http://reg.example.org/a:2*")
+    result = decide(wished, resolution, standing(published(A1), published(a2)))
+    assert [a.public_path for a in result.actions if a.vanished] == [a2], "wished over http only, and gone there"
 
 
 def test_a_literal_tag_gone_from_the_registry_is_vanished_not_failed() -> None:
@@ -167,7 +186,7 @@ def test_a_literal_tag_that_never_was_is_a_failure() -> None:
 
 def test_vanished_names_go_after_the_time_the_operator_set() -> None:
     a2 = "reg.example.org/a:2"
-    resolution = Resolution(pinned=(pinned(A1),), listed={"reg.example.org/a": frozenset({"1"})})
+    resolution = Resolution(pinned=(pinned(A1),), listed={REPOSITORY: frozenset({"1"})})
     now = standing(published(A1), published(a2))
     for days, verb in ((29, "keep"), (30, "remove")):
         result = decide(
@@ -184,7 +203,7 @@ def test_vanished_names_go_after_the_time_the_operator_set() -> None:
 def test_a_tag_pushed_out_of_the_newest_is_removed_not_vanished() -> None:
     old, new = "reg.example.org/a:1", "reg.example.org/a:2"
     found = parse(b"version: 2\nimages:\n- image: reg.example.org/a\n  tags: ['*']\n  newest: 1\n", "w")
-    resolution = Resolution(pinned=(pinned(new),), listed={"reg.example.org/a": frozenset({"1", "2"})})
+    resolution = Resolution(pinned=(pinned(new),), listed={REPOSITORY: frozenset({"1", "2"})})
     assert verbs(decide(found.wishes, resolution, standing(published(old), published(new))))[old] == "remove"
 
 

@@ -1,4 +1,7 @@
-"""The pool of a directory target: tokens, durability by batch, sharing, holes, limits of links, damage."""
+"""The pool of a directory target: tokens, sharing, holes, limits of links, damage.
+
+What it promises as any other content store is tested in test_content_stores.py.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,6 @@ import importlib.util
 import io
 import os
 import stat
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.test_content_stores import MTIME, Dribble
 from unpacker.changeset import Entry, Kind
 from unpacker.errors import IntegrityError, PublishError
 from unpacker.publish import posix
 from unpacker.publish.pool import SMALL, ContentPool, PoolLinks, content_token, pool_path
 from unpacker.tree import File
 
-MTIME = 1_600_000_000_123_456_789
 ME = (os.geteuid(), os.getegid())
 
 
@@ -54,16 +54,6 @@ def pooled(pool: ContentPool, token: str) -> Path:
 
 def everything(pool: ContentPool) -> list[Path]:
     return [p for p in (Path(pool.locator.root) / ".unpacker").rglob("*") if not p.is_dir()]
-
-
-class Dribble:
-    """A stream that gives less than it is asked for."""
-
-    def __init__(self, data: bytes, most: int) -> None:
-        self._stream, self._most = io.BytesIO(data), most
-
-    def read(self, size: int, /) -> bytes:
-        return self._stream.read(min(size, self._most))
 
 
 class TestTokens:
@@ -145,18 +135,11 @@ class TestWriting:
         token = put(pool, b"hello", mtime_ns=mtime)
         assert pool.missing({token}) == set()
 
-    def test_only_what_is_asked_for_is_taken_from_the_stream(self, pool: ContentPool) -> None:
-        stream = io.BytesIO(b"hello, world")
-        with pool.batch() as batch:
-            batch.put(stream, 5, entry(5))
-            batch.put(stream, 0, entry(0))
-        assert stream.read() == b", world"
-
     @pytest.mark.parametrize("size", [10, 2 * SMALL])
     def test_a_stream_that_ends_early_is_an_error_and_leaves_nothing(self, pool: ContentPool, size: int) -> None:
         with pool.batch() as batch:
             good = batch.put(io.BytesIO(b"good"), 4, entry(4))
-            with pytest.raises(IntegrityError, match="ended after"):
+            with pytest.raises(IntegrityError, match=f"of {size} bytes ended after {size - 1}"):
                 batch.put(io.BytesIO(b"x" * (size - 1)), size, entry(size))
         assert everything(pool) == [pooled(pool, good)]
 
@@ -179,88 +162,8 @@ class TestWriting:
             put(pool, b"x", xattrs=(("user.big", bytes(70_000)),))
         assert everything(pool) == []
 
-    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-    def test_a_failing_disk_is_reported_with_what_to_do(
-        self, pool: ContentPool, monkeypatch: pytest.MonkeyPatch, number: int
-    ) -> None:
-        def broken(fd: int, data: bytes) -> int:
-            raise OSError(number, os.strerror(number))
 
-        with pytest.raises(PublishError, match=r"some/file.*run again"), pool.batch() as batch:
-            monkeypatch.setattr(os, "write", broken)
-            batch.put(io.BytesIO(b"hello"), 5, entry(5))
-        assert everything(pool) == []
-
-    def test_a_disk_that_takes_a_part_at_a_time_gets_all(
-        self, pool: ContentPool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        write = os.write
-        monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data[:3])))
-        token = put(pool, b"hello, world")
-        assert pooled(pool, token).read_bytes() == b"hello, world"
-
-
-class TestBatches:
-    def test_no_token_is_there_before_its_batch_was_left(self, pool: ContentPool) -> None:
-        with pool.batch() as batch:
-            token = batch.put(io.BytesIO(b"hello"), 5, entry(5))
-            assert batch.put(io.BytesIO(b"hello"), 5, entry(5)) == token
-            assert pool.missing({token}) == {token}
-        assert pool.missing({token}) == set()
-        assert batch.written == 5
-
-    def test_one_sync_comes_before_all_renames(self, pool: ContentPool, monkeypatch: pytest.MonkeyPatch) -> None:
-        calls: list[str] = []
-        rename = os.rename
-        monkeypatch.setattr(posix, "syncfs", lambda fd: calls.append("sync"))
-        monkeypatch.setattr(os, "rename", lambda *a, **o: (calls.append("rename"), rename(*a, **o))[1])
-        with pool.batch() as batch:
-            for i in range(3):
-                batch.put(io.BytesIO(b"%d" % i), 1, entry(1))
-            assert calls == []
-        # The first rename of a fresh pool finds no directory, and is done again.
-        assert calls[0] == "sync" and set(calls[1:]) == {"rename"}
-
-    def test_a_batch_that_wrote_nothing_syncs_nothing(self, pool: ContentPool, monkeypatch: pytest.MonkeyPatch) -> None:
-        put(pool, b"hello")
-        monkeypatch.setattr(posix, "syncfs", lambda fd: pytest.fail("synced"))
-        put(pool, b"hello")
-
-    def test_a_failed_sync_makes_no_token(self, pool: ContentPool, monkeypatch: pytest.MonkeyPatch) -> None:
-        def broken(fd: int) -> None:
-            raise OSError(errno.EIO, "Input/output error")
-
-        monkeypatch.setattr(posix, "syncfs", broken)
-        with pytest.raises(PublishError, match="the disk failed"):
-            put(pool, b"hello")
-        assert everything(pool) == []
-
-    def test_threads_and_processes_may_write_the_same(self, pool: ContentPool) -> None:
-        def work() -> None:
-            for _ in range(3):
-                with pool.locator.open().batch() as batch:
-                    for i in range(50):
-                        batch.put(io.BytesIO(b"%d" % i), len(str(i)), entry(len(str(i))))
-
-        program = (
-            "import io, os, sys\nfrom tests.test_pool import entry\nfrom unpacker.publish.pool import PoolLocator\n"
-            "for _ in range(3):\n"
-            "    with PoolLocator(sys.argv[1]).open().batch() as batch:\n"
-            "        for i in range(50):\n"
-            "            batch.put(io.BytesIO(b'%d' % i), len(str(i)), entry(len(str(i))))\n"
-        )
-        here = Path(__file__).parent.parent
-        process = subprocess.Popen([sys.executable, "-c", program, pool.locator.root], cwd=here)
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert process.wait(60) == 0
-        tokens = {put(pool, b"%d" % i) for i in range(50)}
-        assert sorted(everything(pool)) == sorted(pooled(pool, t) for t in tokens)
-        assert pool.missing(tokens, check=True) == set()
-
+class TestSync:
     def test_the_real_sync_works_and_says_when_it_does_not(self, tmp_path: Path) -> None:
         real = importlib.util.find_spec("unpacker.publish.posix")
         assert real is not None and real.loader is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -32,12 +33,14 @@ from unpacker.contracts import Publisher
 from unpacker.errors import PublishError
 from unpacker.publish import posix
 from unpacker.publish.directory import DirectoryPublisher
+from unpacker.publish.transaction import DirectoryTransaction
 from unpacker.record import Published, Unreadable
 from unpacker.tree import Directory, File, Special, Symlink, Tree
 
 IS_ROOT = os.geteuid() == 0
 ME = (os.geteuid(), os.getegid())
 UNREADABLE = 69
+RECORD = ("record.json", "manifest.json", "listing.zst")
 
 
 @pytest.fixture(autouse=True)
@@ -292,9 +295,33 @@ class TestWhatStandsPublished:
         assert isinstance(unreadable, Unreadable)
         assert problem in unreadable.problem
 
-    def test_a_directory_in_place_of_a_link_is_unreadable(self, publisher: DirectoryPublisher, target: Path) -> None:
-        (target / NAME).mkdir(parents=True)
-        assert publisher.published() == {NAME: Unreadable(NAME, "a directory or file stands where its link belongs")}
+    @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+    def test_what_is_no_link_is_none_of_ours_and_is_neither_replaced_nor_removed(
+        self, publisher: DirectoryPublisher, target: Path, make: Callable[[Path], None]
+    ) -> None:
+        (target / NAME).parent.mkdir(parents=True)
+        make(target / NAME)
+        (found,) = publisher.published().values()
+        assert isinstance(found, Unreadable) and found.is_foreign
+        assert f"{target / NAME} is no symlink" in found.problem and "move it away" in found.problem
+        with pytest.raises(PublishError, match=f"^{re.escape(found.problem)}$"):
+            publish(publisher, NAME, {"motd": b"one"})
+        with pytest.raises(PublishError, match="is no symlink"), publisher.transaction("remove") as transaction:
+            transaction.remove([NAME], now=1)
+        assert os.path.lexists(target / NAME) and not (target / NAME).is_symlink()
+        assert not (target / ".metadata" / NAME).exists()
+        os.rename(target / NAME, target / "elsewhere")
+        publish(publisher, NAME, {"motd": b"one"})
+        assert (target / NAME / "motd").exists()
+
+    def test_what_stands_on_the_way_to_a_name_is_named_with_what_to_do(
+        self, publisher: DirectoryPublisher, target: Path
+    ) -> None:
+        publish(publisher, OTHER.replace("team/", "other/"), {"motd": b"one"})
+        (target / NAME).parent.touch()
+        with pytest.raises(PublishError, match=r"registry.example.org/team stands where.*move it away"):
+            publish(publisher, NAME, {"motd": b"one"})
+        assert not (target / ".metadata" / NAME).exists()
 
     def test_what_operators_put_beside_is_no_name(self, publisher: DirectoryPublisher, target: Path) -> None:
         record = publish(publisher, NAME, {"motd": b"one"})
@@ -409,6 +436,39 @@ class TestRecovery:
         assert not (target / "half.example.org").exists()
         assert not half.exists()
         assert publisher.published() == {NAME: record}
+
+    @pytest.mark.parametrize("step", ["_place_roots", "_place_records", "_switch_links", "_unpublish"])
+    @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+    def test_what_a_commit_that_broke_off_left_by_halves_is_cleared_by_the_next_run(
+        self,
+        publisher: DirectoryPublisher,
+        target: Path,
+        again: Callable[[], Publisher],
+        monkeypatch: pytest.MonkeyPatch,
+        step: str,
+        error: BaseException,
+    ) -> None:
+        record = publish(publisher, NAME, {"motd": b"one"}, seed="1")
+        before = files(target)
+        tree = stored(publisher, {"motd": b"two"})
+        place = DirectoryTransaction._place_records
+
+        def broken(transaction: DirectoryTransaction) -> None:
+            if step == "_place_records":
+                place(transaction)
+            raise error
+
+        with monkeypatch.context() as patched, pytest.raises((PublishError, KeyboardInterrupt)):
+            patched.setattr(DirectoryTransaction, step, broken)
+            with publisher.transaction("publish") as transaction:
+                transaction.publish(release(OTHER, tree, seed="2"))
+        with again().lock():
+            pass
+        published = {NAME} if step != "_unpublish" else {NAME, OTHER}
+        assert set(publisher.published()) == published
+        left = {name for name in files(target) - before if not name.startswith((".flat/", ".unpacker/roots/"))}
+        assert left == ({OTHER} | {f".metadata/{OTHER}/{name}" for name in RECORD} if OTHER in published else set())
+        assert publisher.published()[NAME] == record
 
     @pytest.mark.parametrize("call", ["rename", "link", "symlink", "unlink", "mkdir", "syncfs"])
     def test_a_failing_call_in_the_middle_leaves_links_and_records_equal(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -77,11 +78,24 @@ def seen(target: Path, public_path: str) -> dict[str, str] | None:
     """What a client finds at the end of a public link, read anew from the signed manifest on."""
     repository = Repository.open(str(target))
     with Reader(repository.objects, repository.manifest().root) as reader:
-        link = reader.lookup(f"/{public_path}")
-        if link is None:
+        leads_to = _real(reader, f"/{public_path}")
+        return None if leads_to is None else described(Stratum0Publisher(str(target)), reader, leads_to)
+
+
+def _real(reader: Reader, path: str) -> str | None:
+    """Where a client comes to that follows every symlink, its own variables unset."""
+    at = ""
+    for name in path.split("/")[1:]:
+        at = f"{at}/{name}"
+        while (found := reader.lookup(at)) is not None and found.row.symlink:
+            target = re.sub(r"\$\([A-Z_]+:-([a-z0-9]*)\)", r"\1", found.row.symlink)
+            real = _real(reader, os.path.normpath(os.path.join(os.path.dirname(at), target)))
+            if real is None:
+                return None
+            at = real
+        if found is None:
             return None
-        leads_to = os.path.normpath(os.path.join(os.path.dirname(f"/{public_path}"), link.row.symlink))
-        return described(Stratum0Publisher(str(target)), reader, leads_to)
+    return at
 
 
 def described(publisher: Stratum0Publisher, reader: Reader, path: str) -> dict[str, str]:
@@ -133,7 +147,8 @@ class TestLayout:
             f"{record.root}/motd",
             f".metadata/{NAME}/manifest.json",
             f".metadata/{NAME}/record.json",
-            ".metadata/published.zst",
+            f".metadata/published/{identity[:2]}",
+            ".metadata/published/head",
             ".metadata/unreferenced.json",
         }
 
@@ -163,7 +178,9 @@ class TestLayout:
         record = publish(publisher, NAME, {"motd": b"hello"})
         with publisher.transaction("remove") as transaction:
             transaction.remove([NAME], now=2000)
-        assert paths(target) == {f"{record.root}/motd", ".metadata/published.zst", ".metadata/unreferenced.json"}
+        part = f".metadata/published/{record.root.split('/')[1]}"
+        head = ".metadata/published/head"
+        assert paths(target) == {f"{record.root}/motd", part, head, ".metadata/unreferenced.json"}
         data = publisher.noted("unreferenced.json")
         assert data is not None
         assert json.loads(data) == {record.root: 2000}
@@ -200,7 +217,7 @@ class TestWhatOthersChange:
 
     def test_a_lost_index_is_made_anew_from_the_records(self, publisher: Stratum0Publisher, opened: Opened) -> None:
         record = publish(publisher, NAME, {"motd": b"hello"})
-        edit_by_hand(publisher, {"/.metadata/published.zst": None})
+        edit_by_hand(publisher, {"/.metadata/published": None})
         assert opened().published() == {NAME: record}
         assert opened().root(record.image_id, record.rules) == record.root
         other = publish(opened(), OTHER, {"motd": b"hello"})
@@ -210,14 +227,20 @@ class TestWhatOthersChange:
         self, publisher: Stratum0Publisher, opened: Opened
     ) -> None:
         publish(publisher, NAME, {"motd": b"hello"})
-        edit_by_hand(publisher, {"/.metadata/published.zst": None, f"/.metadata/{NAME}": None})
+        edit_by_hand(publisher, {"/.metadata/published": None, f"/.metadata/{NAME}": None})
         assert opened().published() == {NAME: Unreadable(NAME, "it has no record (published by another tool?)")}
 
     def test_a_damaged_index_is_made_anew(self, publisher: Stratum0Publisher, opened: Opened) -> None:
         record = publish(publisher, NAME, {"motd": b"hello"})
-        tree = stored(publisher, {"x": b"not zstd"})
-        edit_by_hand(publisher, {"/.metadata/published.zst": tree.root.children["x"]})
-        assert opened().published() == {NAME: record}
+        bad = stored(publisher, {"x": b"neither a name nor a root\n"}).root.children["x"]
+        part = f"/.metadata/published/{record.root.split('/')[1]}"
+        for path in (part, "/.metadata/published/head", "/.metadata/published/others"):
+            edit_by_hand(publisher, {path: bad})
+            assert opened().published() == {NAME: record}
+        other = publish(opened(), OTHER, {"motd": b"two"}, seed="2")
+        assert opened().published() == {NAME: record, OTHER: other}
+        with opened().snapshot() as found:
+            assert found.is_settled
 
     def test_a_link_that_somebody_moved_is_unreadable_and_an_update_mends_it(
         self, publisher: Stratum0Publisher
@@ -229,6 +252,21 @@ class TestWhatOthersChange:
         assert "its link leads to" in found.problem
         record = publish(publisher, NAME, {"motd": b"two"}, seed="2")
         assert publisher.published() == {NAME: record}
+
+    def test_what_is_no_link_is_none_of_ours_and_is_neither_replaced_nor_removed(
+        self, publisher: Stratum0Publisher, target: Path
+    ) -> None:
+        publish(publisher, OTHER, {"motd": b"hello"})
+        edit_by_hand(
+            publisher, {f"/{NAME}": Directory(0o755, 0, 0, MTIME, (), {"own": Symlink(0o777, 0, 0, 1, (), "x")})}
+        )
+        found = publisher.published()[NAME]
+        assert isinstance(found, Unreadable) and found.is_foreign
+        with pytest.raises(PublishError, match=f"^/{re.escape(NAME)} is no symlink.*move it away"):
+            publish(publisher, NAME, {"motd": b"two"}, seed="2")
+        with pytest.raises(PublishError, match="is no symlink"), publisher.transaction("remove") as transaction:
+            transaction.remove([NAME], now=NOW + 1001)
+        assert paths(target, f"/{NAME}") == {f"{NAME}/own"}
 
     def test_a_link_that_somebody_removed_is_no_published_name(self, publisher: Stratum0Publisher) -> None:
         publish(publisher, NAME, {"motd": b"hello"})

@@ -15,10 +15,11 @@ from unpacker.errors import Denied, ImageError, IntegrityError, RegistryError, W
 from unpacker.limits import Limits
 from unpacker.plan import Done, Outcome
 from unpacker.publish.directory import DirectoryPublisher
-from unpacker.reconcile import Request, Result, exit_code, reconcile, survey
+from unpacker.reconcile import Result, exit_code, reconcile
 from unpacker.record import Published
 from unpacker.registry.client import Access
 from unpacker.rootfs import Policy
+from unpacker.survey import Request, survey
 from unpacker.wishlist import parse
 
 BASE = layer(directory("etc"), file("etc/motd", b"hello"), file("etc/gone", b"x"), symlink("sh", "bin/sh"))

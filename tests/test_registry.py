@@ -271,9 +271,26 @@ def test_retry_after_is_seconds_or_a_date() -> None:
     assert parse_retry_after("120", now) == 120
     assert parse_retry_after(formatdate(now + 90, usegmt=True), now) == 90
     assert parse_retry_after(formatdate(now - 90, usegmt=True), now) == 0
+    assert parse_retry_after("1.5", now) == 1.5
     assert parse_retry_after("soon", now) is None
     assert parse_retry_after("-1", now) is None
     assert parse_retry_after(None, now) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["Sun, 06 Nov 1994 08:49:37 GMT", "Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994"]
+)
+@pytest.mark.parametrize("zone", ["UTC", "EST5EDT"])
+def test_all_three_forms_of_a_date_mean_greenwich_wherever_this_runs(
+    text: str, zone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        with monkeypatch.context() as patched:
+            patched.setenv("TZ", zone)
+            time.tzset()
+            assert parse_retry_after(text, 784_111_777.0 - 60) == 60
+    finally:
+        time.tzset()
 
 
 def test_nobody_answering_has_no_status(registry: FakeRegistry) -> None:

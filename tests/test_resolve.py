@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
+from typing import ClassVar, cast
 
 import pytest
 
 from tests.fake_registry import FakeRegistry
 from tests.images import BuiltImage, file, image, index, layer
 from unpacker import oci
+from unpacker.contracts import Registry
+from unpacker.digest import Digest
 from unpacker.errors import ImageError, NotFound, UnpackerError, WishlistError
 from unpacker.image import Image
 from unpacker.limits import Limits
 from unpacker.plan import Resolution
+from unpacker.reference import Reference, Repository
 from unpacker.registry.client import Access
-from unpacker.resolve import fetch, resolve, unreachable
+from unpacker.resolve import fetch, names_of, resolve, unreachable
 from unpacker.wish import Wish
 from unpacker.wishlist import parse
 
@@ -49,6 +54,33 @@ def test_two_wishes_for_one_repository_cost_one_listing(registry: FakeRegistry, 
     assert names(found) == ["a/b:1.0", "a/b:1.1", "a/b:2.0"]
     assert registry.count("GET", "tags/list") == 1
     assert registry.count("HEAD") == 3
+
+
+class Twofold:
+    """A registry that has other tags over http than over https, as two servers behind one name have."""
+
+    TAGS: ClassVar[dict[str, list[str]]] = {"http": ["1.0", "2.0"], "https": ["1.1"]}
+
+    def tags(self, repository: Repository) -> list[str]:
+        return self.TAGS[repository.scheme]
+
+    def head(self, reference: Reference) -> oci.Descriptor:
+        return oci.Descriptor(media_type=oci.OCI_MANIFEST, digest=Digest.of(str(reference).encode()), size=1)
+
+
+def test_http_and_https_of_one_name_are_two_tag_lists(asking: Executor) -> None:
+    text = "version: 2\nimages: ['http://reg.example.org/a/b:1.*', 'https://reg.example.org/a/b:*.1']"
+    twofold = cast(Registry, Twofold())
+    found = resolve(parse(text.encode(), "w").wishes, twofold, asking, Limits())
+    assert names(found) == ["a/b:1.0", "a/b:1.1"]
+    assert {r.scheme: sorted(tags) for r, tags in found.listed.items()} == Twofold.TAGS
+
+
+def test_a_name_known_over_http_is_still_asked_for_over_https(asking: Executor) -> None:
+    wished = parse(b"version: 2\nimages: ['https://reg.example.org/a/b:*']", "w").wishes
+    plain = replace(wished[0].repository, scheme="http")
+    found, _ = names_of(wished, cast(Registry, Twofold()), asking, {plain: frozenset({"1.0"})})
+    assert list(found) == ["reg.example.org/a/b:1.1"]
 
 
 def test_a_literal_tag_needs_no_listing(registry: FakeRegistry, asking: Executor) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unpacker.apply import apply
 from unpacker.changeset import Change, Changeset, Entry, Kind, Xattrs
-from unpacker.oci import LINUX_AMD64, ImageConfig
-from unpacker.rootfs import Policy, prepare, publishable
-from unpacker.tree import EMPTY, Directory, Tree, apply, lookup, walk
+from unpacker.rootfs import EARLIEST, LATEST, Policy, prepare, publishable
+from unpacker.tree import EMPTY, Directory, Tree, lookup, walk
 
 KEEP_OWNERS = Policy()
 OURS = Policy(owner=(1000, 1001))
-CONFIG = ImageConfig(raw=b"{}", platform=LINUX_AMD64, diff_ids=())
 
 
 def tree_of(*entries: Entry) -> Tree:
@@ -24,7 +25,7 @@ def tree_of(*entries: Entry) -> Tree:
 
 def published(*entries: Entry, policy: Policy = KEEP_OWNERS) -> tuple[Tree, dict[str, int]]:
     """Entries as they go through both rules: each when it is read, the tree before it is published."""
-    tree, counts = prepare(tree_of(*(publishable(e, policy) for e in entries)), CONFIG, policy)
+    tree, counts = prepare(tree_of(*(publishable(e, policy) for e in entries)), (), policy)
     return tree, dict(counts)
 
 
@@ -85,6 +86,37 @@ def test_the_owner_is_replaced_only_where_the_policy_says_so_and_counts_only_whe
     assert publishable(ours, OURS) is ours
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (EARLIEST - 1, EARLIEST),
+        (-(1 << 80), EARLIEST),
+        (LATEST + 1, LATEST),
+        (1 << 80, LATEST),
+        (EARLIEST, EARLIEST),
+        (EARLIEST + 1, EARLIEST + 1),
+        (LATEST - 1, LATEST - 1),
+        (LATEST, LATEST),
+        (-1, -1),
+        (0, 0),
+    ],
+)
+@pytest.mark.parametrize("kind", [Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.FIFO])
+def test_times_that_no_file_system_holds_become_the_nearest_that_all_do(kind: Kind, given: int, kept: int) -> None:
+    entry = publishable(Entry("x", kind, 0o755, mtime_ns=given), KEEP_OWNERS)
+    assert (entry.mtime_ns, entry.change) == (kept, Change.NONE if kept == given else Change.TIME)
+    tree, counts = published(entry)
+    node = lookup(tree, "x")
+    assert node is not None and node.mtime_ns == kept
+    assert counts == ({} if kept == given else {"times": 1})
+
+
+def test_the_file_system_of_a_target_gives_such_times_back_as_they_are(tmp_path: Path) -> None:
+    for time in (EARLIEST, EARLIEST + 1, -1, LATEST - 1, LATEST):
+        os.utime(tmp_path, ns=(time, time))
+        assert tmp_path.stat().st_mtime_ns == time
+
+
 def test_a_hard_link_passes_as_it_is() -> None:
     entry = Entry("x", Kind.HARDLINK, 0o4600, uid=5, target="y", xattrs=(("trusted.x", b""),))
     assert publishable(entry, OURS) is entry
@@ -97,6 +129,7 @@ _ENTRIES = st.builds(
     mode=st.integers(0, 0o7777),
     uid=st.sampled_from([0, 1000]),
     gid=st.sampled_from([0, 1001]),
+    mtime_ns=st.sampled_from([0, 1_600_000_000 * 10**9, EARLIEST - 1, 1 << 80]),
     xattrs=st.lists(st.sampled_from([("user.a", b"1"), ("user.overlay.a", b""), ("security.a", b"")])).map(tuple),
 )
 
@@ -122,7 +155,7 @@ def test_an_entry_that_changes_says_how(entry: Entry, policy: Policy) -> None:
 def test_the_rule_for_a_node_is_the_rule_for_an_entry(entry: Entry, policy: Policy) -> None:
     """A file's token may cover its metadata: what was decided before its bytes were stored must stay."""
     early, _ = published(entry, policy=policy)
-    late, _ = prepare(tree_of(entry), CONFIG, policy)
+    late, _ = prepare(tree_of(entry), (), policy)
     assert early == late
 
 
@@ -157,14 +190,14 @@ def test_counts_are_those_of_the_published_tree() -> None:
 
 def test_nothing_to_change_gives_the_same_tree_and_no_counts() -> None:
     tree = tree_of(Entry("a/b", Kind.FILE), Entry("s", Kind.SYMLINK, 0o777, target="a"))
-    prepared, counts = prepare(tree, CONFIG, KEEP_OWNERS)
+    prepared, counts = prepare(tree, (), KEEP_OWNERS)
     assert prepared is tree
     assert counts == {}
 
 
 def test_directories_without_a_change_are_shared() -> None:
     tree = tree_of(Entry("a/b", Kind.FILE), Entry("c/null", Kind.CHARACTER, device=(1, 3)))
-    prepared, _ = prepare(tree, CONFIG, KEEP_OWNERS)
+    prepared, _ = prepare(tree, (), KEEP_OWNERS)
     assert prepared.root.children["a"] is tree.root.children["a"]
     assert lookup(tree, "c/null") is not None
     assert prepared.root.children["c"] == Directory(0o755, 0, 0, 0, (), {})

@@ -48,6 +48,17 @@ def test_before_any_run_every_wish_is_pending() -> None:
     assert states() == {"r.org/a:1": "pending", "r.org/b:*": "pending", "r.org/c:x*": "pending"}
 
 
+def test_a_wildcard_whose_tags_could_not_be_listed_is_failing_and_nothing_besides() -> None:
+    failures = {"r.org/b": Failure(since=1, last=2, error="no answer")}
+    assert states(failures=failures) == {"r.org/a:1": "pending", "r.org/b": "failing", "r.org/c:x*": "pending"}
+
+
+def test_what_fails_in_another_wishlist_is_shown_without_a_wishlist_only() -> None:
+    failures = {"r.org/other:1": Failure(since=1, last=2, error="no answer")}
+    assert "r.org/other:1" not in states(failures=failures)
+    assert [(row.name, row.state) for row in status(None, {}, failures, {}, {})] == [("r.org/other:1", State.FAILING)]
+
+
 def test_a_wildcard_is_what_its_last_run_saw() -> None:
     found = states(expansions={"r.org/b:*": ("1", "2")}, published={"r.org/b:1": record("r.org/b:1")})
     assert found["r.org/b:1"] == "published"
@@ -157,6 +168,14 @@ def test_what_the_cache_has_not_used_for_long_is_pruned(tmp_path: Path) -> None:
     os.utime(path, (1, 1))
     assert prune(str(tmp_path), unused_for=1000) > 0
     assert cache.get(LAYER) is None
+
+
+def test_the_table_has_the_digest_of_the_tag_short_and_the_json_has_it_whole() -> None:
+    rows = status(None, {"r.org/a:1": record("r.org/a:1")}, {}, {}, {})
+    (row,) = report.status_rows(rows, 2000)
+    digest = record("r.org/a:1").digest
+    assert dict(zip(report.STATUS_HEADER, row, strict=True))["DIGEST"] == digest.partition(":")[2][:12] != ""
+    assert report.status_json(rows)[0]["published"]["digest"] == digest
 
 
 def test_a_table_keeps_a_hostile_cell_on_its_line() -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,8 @@ from tests.images import device, directory, fifo, file, hardlink, image, layer, 
 from tests.test_cli import User
 from unpacker.cvmfs.deflation import dense
 from unpacker.cvmfs.hash import ContentHash
+from unpacker.cvmfs.repository import Repository
+from unpacker.publish.stratum0 import Stratum0Publisher
 
 REPOSITORY = "try.example.org"
 MANAGED = f"gc{os.getpid()}.example.org"
@@ -108,6 +111,44 @@ def test_a_run_that_changes_nothing_makes_no_revision(operator: Operator) -> Non
     before = (operator.repository / ".cvmfspublished").read_bytes()
     operator.done("reconcile")
     assert (operator.repository / ".cvmfspublished").read_bytes() == before
+
+
+def test_a_run_is_one_revision_and_status_json_comes_with_it(operator: Operator, registry: FakeRegistry) -> None:
+    """Publishing, updating with a removal, removing, and a run of which one image fails."""
+    registry.add("org/gone", "1", SECOND)
+    operator.wishlist("HOST/org/app:*", "HOST/org/gone:1")
+    assert revisions(operator, "reconcile") == (1, 0)
+    assert set(status(operator)["names"]) == {f"{registry.host}/org/app:1", f"{registry.host}/org/gone:1"}
+    operator.wishlist("HOST/org/app:*")
+    registry.add("org/app", "1", THIRD)
+    done, code = revisions(operator, "reconcile")
+    assert (done, code) == (2, 0), "what is no longer wished goes after all others are there"
+    assert set(status(operator)["names"]) == {f"{registry.host}/org/app:1"}
+    registry.add("org/app", "2", SECOND)
+    operator.wishlist("HOST/org/app:*", "HOST/org/missing:1")
+    assert revisions(operator, "reconcile") == (1, 1)
+    (wishlist,) = status(operator)["wishlists"].values()
+    assert set(wishlist["failing"]) == {f"{registry.host}/org/missing:1"}
+    assert len(status(operator)["names"]) == 2
+    assert revisions(operator, "reconcile") == (0, 1), "nothing new to say"
+    operator.wishlist("HOST/org/app:*")
+    assert revisions(operator, "reconcile") == (1, 0), "nothing fails any more"
+    (wishlist,) = status(operator)["wishlists"].values()
+    assert wishlist["failing"] == {}
+    operator.check()
+
+
+def revisions(operator: Operator, *arguments: str) -> tuple[int, int]:
+    """How many revisions a run makes, and how it ends."""
+    before = Repository.open(str(operator.repository)).manifest().revision
+    done = operator(*arguments)
+    return Repository.open(str(operator.repository)).manifest().revision - before, done.returncode
+
+
+def status(operator: Operator) -> Any:
+    data = Stratum0Publisher(str(operator.repository)).noted("status.json")
+    assert data is not None
+    return json.loads(data)
 
 
 def test_an_image_of_known_layers_reads_none(operator: Operator, registry: FakeRegistry) -> None:

@@ -18,7 +18,7 @@ from tests.raw_tar import END, GNU, OLD, header, pax, read, regular
 from unpacker.changeset import Kind
 from unpacker.errors import ImageError
 from unpacker.limits import Limits
-from unpacker.tar import TarReader
+from unpacker.tar.reader import TarReader
 
 # Literal archives.
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unpacker.apply import apply
 from unpacker.changeset import Changeset, Entry, Kind
 from unpacker.errors import ImageError
-from unpacker.tree import EMPTY, Directory, File, Node, Special, Symlink, Tree, apply, lookup, rewrite, walk
+from unpacker.tree import EMPTY, Directory, File, Node, Special, Symlink, Tree, lookup, rewrite, walk
 
 
 def file(path: str, text: str = "", **meta: Any) -> Entry:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,19 +13,22 @@ from unpacker.contracts import Registry
 from unpacker.errors import PublishError, SettingsError, WishlistError
 from unpacker.image import Image
 from unpacker.publish.directory import DirectoryPublisher
-from unpacker.reconcile import Request
+from unpacker.readers import DirectoryReader, Reader, RepositoryReader, check
 from unpacker.record import Published, Unreadable
 from unpacker.reference import Reference
 from unpacker.registry.client import Access
 from unpacker.registry.layout import Layout
 from unpacker.rootfs import Policy
 from unpacker.settings import Settings, wishlist_identity
+from unpacker.survey import Request
 from unpacker.verify import Problem, verify
 from unpacker.wishlist import Wishlist
 
 if TYPE_CHECKING:
     # Signatures and catalogs take a tenth of a second to import, which who has a directory as target does not pay.
+    from unpacker.cvmfs.server import Server
     from unpacker.gc import Collected
+    from unpacker.publish.managed import Way
     from unpacker.publish.stratum0 import Stratum0Publisher
     from unpacker.publish.unreferenced import Collected as NativelyCollected
 
@@ -40,13 +42,16 @@ class Choice:
 
     only: str | None = None
     rebuild: bool = False
+    adopt: bool = False
     allow_removals: bool = False
     anonymous: bool = False
     layout: str | None = None
 
 
+_CVMFS = "/cvmfs/"
 _STRATUM0 = "stratum0:"
 _DAY = 86_400
+_PATTERNS_LIMIT = 1 << 20
 
 
 def publisher(settings: Settings) -> Target:
@@ -54,7 +59,8 @@ def publisher(settings: Settings) -> Target:
     target = settings.target
     if not target:
         raise SettingsError(
-            "no target: say --target DIRECTORY or stratum0:DIRECTORY, or set it in unpacker.toml or UNPACKER_TARGET"
+            "no target: say --target DIRECTORY, /cvmfs/NAME or stratum0:DIRECTORY, or set it in unpacker.toml or "
+            "UNPACKER_TARGET"
         )
     if target.startswith(_STRATUM0):
         from unpacker.publish.stratum0 import Stratum0Publisher
@@ -67,9 +73,37 @@ def publisher(settings: Settings) -> Target:
             layers_view=settings.layers_view,
             limits=settings.limits,
         )
-    if target.startswith("/cvmfs/"):
-        raise SettingsError("targets below /cvmfs are not supported by this version; name a directory")
+    if target.startswith(_CVMFS):
+        return _managed_publisher(settings)
     return DirectoryPublisher(target)
+
+
+def _managed(settings: Settings) -> tuple[Server, str, Way]:
+    """The repository of `cvmfs_server` that is the target, the directory in it, and the way to write to it."""
+    from unpacker.cvmfs.server import Server, place
+    from unpacker.publish.managed import choose
+
+    name, subdirectory = place(settings.target or "")
+    server = Server.find(name, **({"keys": settings.keys} if settings.keys else {}))
+    return server, subdirectory, choose(server, subdirectory, settings.way, layers_view=settings.layers_view)
+
+
+def _managed_publisher(settings: Settings) -> DirectoryPublisher | Stratum0Publisher:
+    from unpacker.publish.managed import FAST, ManagedPublisher
+    from unpacker.publish.server import ServerPublisher
+
+    server, subdirectory, way = _managed(settings)
+    if way.name != FAST:
+        return ServerPublisher(server, subdirectory, state=state(settings))
+    index = f"{state(settings)}/known-contents"
+    return ManagedPublisher(server, index=index, layers_view=settings.layers_view, limits=settings.limits)
+
+
+def way(settings: Settings) -> str | None:
+    """How the target will be written to, and why, if that is a matter of choice."""
+    if settings.target is None or not settings.target.startswith(_CVMFS):
+        return None
+    return str(_managed(settings)[2])
 
 
 def stratum0(target: str) -> str:
@@ -85,7 +119,8 @@ def problems(
 ) -> Iterator[Problem]:
     """What is wrong with some of the published names; if it is all, with a native repository as a whole, too."""
     if isinstance(target, DirectoryPublisher):
-        yield from verify(target.path, [standing[name] for name in wanted], quick=quick)
+        names = [standing[name] for name in wanted]
+        yield from verify(target.layout.path, names, quick=quick, unlisted=target.marker)
         return
     from unpacker.audit import audit
 
@@ -97,14 +132,37 @@ def problems(
 def collect(target: Target, settings: Settings, *, dry_run: bool) -> Collected | NativelyCollected:
     """Removes from a target what nothing refers to any more, under its lock."""
     grace, now = settings.grace_days * _DAY, time.time()
+    keep = settings.keep_revisions_days * _DAY
     if isinstance(target, DirectoryPublisher):
         from unpacker import gc
 
+        if target.marker is not None:
+            from unpacker import collection
+            from unpacker.publish.server import ServerPublisher
+
+            assert isinstance(target, ServerPublisher)
+            return collection.collect(target, state(settings), grace=grace, keep=keep, now=now, dry_run=dry_run)
         return gc.collect(target, grace=grace, now=now, dry_run=dry_run)
     from unpacker.publish import unreferenced
 
-    keep = settings.keep_revisions_days * _DAY
     return unreferenced.collect(target, grace=grace, keep=keep, now=now, dry_run=dry_run)
+
+
+def reader(settings: Settings) -> Reader:
+    """The target as its users have it, which may be a mounted repository; PublishError if there is none."""
+    target = settings.target
+    if target and not target.startswith(_STRATUM0):
+        if not os.path.isdir(target):
+            raise PublishError(f"there is no target at {target} (is the repository mounted?)")
+        found: Reader = DirectoryReader(target, settings.published_at)
+    else:
+        from unpacker.publish.stratum0 import Stratum0Publisher
+
+        publisher = existing(settings)
+        assert isinstance(publisher, Stratum0Publisher)
+        found = RepositoryReader(publisher, settings.published_at)
+    check(found.mount)
+    return found
 
 
 def existing(settings: Settings) -> Target:
@@ -112,19 +170,41 @@ def existing(settings: Settings) -> Target:
     with a typing error would look like a target in the best of order."""
     target = publisher(settings)
     if not os.path.isdir(target.path):
+        if os.path.lexists(target.path):
+            raise PublishError(f"{target.path} is no directory, so it is no target")
         raise PublishError(f"there is no target at {target.path}; a first `unpacker reconcile` makes it")
     return target
 
 
-def prepare_state(settings: Settings) -> None:
-    """Makes the state directory; PublishError if nothing can be written there. Asked before a run, not after it."""
+def ignored(found: Wishlist, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The patterns of images whose failures do not count: those of a recipe, and those of DUCC's file, a line each."""
+    path = environment.get("DUCC_IGNORE_ERRORS_FILE")
+    if not path:
+        return found.ignore_errors
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = [line.strip() for line in file.read(_PATTERNS_LIMIT).splitlines()]
+    except OSError as error:
+        raise SettingsError(f"DUCC_IGNORE_ERRORS_FILE: cannot read {path}: {error.strerror}") from None
+    return (*found.ignore_errors, *(line for line in lines if line and not line.startswith("#")))
+
+
+def prepare_state(settings: Settings) -> tuple[str, ...]:
+    """Makes the state directory; PublishError if nothing can be written there. Asked before a run, not after it.
+
+    Gives what its user should be told once, before the first run on a target.
+    """
     path = state(settings)
+    is_first = not os.path.isdir(path)
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise PublishError(f"cannot make {path}: {error.strerror} (choose another --state)") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise PublishError(f"cannot write to {path} (choose another --state, or run as the user who owns it)")
+    if is_first and not publisher(settings).keeps_owners:
+        return ("not root: files get the publishing user as owner, not the image's owners",)
+    return ()
 
 
 def state(settings: Settings) -> str:
@@ -134,6 +214,11 @@ def state(settings: Settings) -> str:
 
 def _place(settings: Settings) -> str:
     """The target by the one name that all its spellings have."""
+    if settings.target and settings.target.startswith(_CVMFS):
+        from unpacker.cvmfs.server import MOUNTS, place
+
+        # Not by how it is written to: that may change.
+        return "/".join((MOUNTS, *filter(None, place(settings.target))))
     return os.path.realpath(publisher(settings).path)
 
 
@@ -172,9 +257,6 @@ def request(found: Wishlist, path: str, settings: Settings, choice: Choice) -> R
     """Everything one run needs."""
     target = publisher(settings)
     owner = None if target.keeps_owners else (os.geteuid(), os.getegid())
-    if owner is not None and not os.path.exists(state(settings)):
-        # Once for a target, not once a run: cron sends every line to somebody.
-        print("unpacker: not root: files get the publishing user as owner, not the image's owners", file=sys.stderr)
     asked: Registry = registry(settings) if choice.layout is None else _layout(choice.layout, settings)
     damaged: frozenset[str] = frozenset()
     if choice.rebuild:
@@ -186,7 +268,7 @@ def request(found: Wishlist, path: str, settings: Settings, choice: Choice) -> R
         sound=found.sound,
         publisher=target,
         registry=asked,
-        policy=Policy(owner=owner),
+        policy=Policy(owner=owner, mount_points=settings.mount_points),
         limits=settings.limits,
         state=state(settings),
         jobs=settings.jobs,
@@ -197,7 +279,10 @@ def request(found: Wishlist, path: str, settings: Settings, choice: Choice) -> R
         damaged=damaged,
         allow_removals=choice.allow_removals,
         keep_vanished=settings.keep_vanished_days,
+        predecessors=target.view() if choice.adopt else None,
         lock_wait=settings.lock_wait,
+        transaction_entries=settings.transaction_entries,
+        transaction_bytes=settings.transaction_bytes,
         attach=None if choice.layout is not None else _attach(settings),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from unpacker.changeset import Changeset
+from unpacker.changeset import HEAD, Changeset, written_size
 from unpacker.image import Layer
 
 _SUFFIX = ".changeset"
@@ -24,6 +24,14 @@ class ChangesetCache:
     def has(self, layer: Layer) -> bool:
         """Whether it is worth while to `get` it."""
         return os.path.exists(self._path(layer))
+
+    def size(self, layer: Layer) -> int:
+        """How long the layer's changeset is, written out; 0 if it is not at hand."""
+        try:
+            with open(self._path(layer), "rb") as file:
+                return written_size(file.read(HEAD))
+        except OSError:
+            return 0
 
     def get(self, layer: Layer) -> Changeset | None:
         """The layer's changeset if it is at hand and undamaged."""

@@ -43,6 +43,8 @@ class Change(enum.IntFlag):
     """At least one extended attribute dropped."""
     OWNER = 8
     """Owner replaced by the publishing user, who may not give files away."""
+    TIME = 16
+    """Modification time moved to the nearest that file systems can hold."""
 
 
 class Entry(NamedTuple):
@@ -113,7 +115,7 @@ class Changeset:
             if version != _FORMAT:
                 raise ValueError(f"changeset of format {version}")
             kinds = {str(k): k for k in Kind}
-            changes = {int(c): Change(c) for c in range(16)}
+            changes = {bits: Change(bits) for bits in range(32)}
             entries = tuple(
                 Entry(
                     path,
@@ -141,3 +143,15 @@ class Changeset:
             size=size,
             content_size=content_size,
         )
+
+
+HEAD = 18
+"""How many bytes of an encoded changeset `written_size` needs: the longest header of a zstd frame."""
+
+
+def written_size(encoded: bytes) -> int:
+    """How long an encoded changeset is before it is compressed, from its first bytes; 0 for any others."""
+    try:
+        return max(0, zstandard.frame_content_size(encoded))
+    except zstandard.ZstdError:
+        return 0

@@ -62,8 +62,8 @@ def _difference(first: Wish, second: Wish) -> str:
         return f"there over {first.repository.scheme}, here over {second.repository.scheme}"
     if first.digest != second.digest:
         return f"there {_pin(first)}, here {_pin(second)}"
-    if first.platform.normal != second.platform.normal:
-        return f"there for {first.platform}, here for {second.platform}"
+    if (first.meaning.platform, first.meaning.platforms) != (second.meaning.platform, second.meaning.platforms):
+        return f"there for {_platforms(first)}, here for {_platforms(second)}"
     if first.gpu != second.gpu:
         return f"there {_gpu(first)}, here {_gpu(second)}"
     return ""
@@ -71,6 +71,12 @@ def _difference(first: Wish, second: Wish) -> str:
 
 def _pin(wish: Wish) -> str:
     return f"pinned to {wish.digest.algorithm}:{wish.digest.short}…" if wish.digest else "not pinned to a digest"
+
+
+def _platforms(wish: Wish) -> str:
+    if not wish.platforms:
+        return str(wish.platform)
+    return f"the platforms {', '.join(map(str, wish.platforms))}"
 
 
 def _gpu(wish: Wish) -> str:

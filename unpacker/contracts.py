@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from unpacker.changeset import Changeset, Entry
+from unpacker.changeset import Changeset, Entry, Kind
 from unpacker.digest import Digest, Stream
 from unpacker.image import Image, Layer
 from unpacker.oci import Descriptor
@@ -61,6 +61,11 @@ class ContentStore(Protocol):
     def locator(self) -> StoreLocator:
         """A picklable value whose `open()` gives this store in another process."""
 
+    @property
+    def wants_threads(self) -> bool:
+        """Whether taking contents is work that threads can share, such as compressing. Then `put` of its batches may
+        be called from several of them at a time."""
+
     def batch(self) -> AbstractContextManager[Batch]:
         """A scope of writing. Leaving it cleanly makes all its tokens durable (one sync, then all renames);
         leaving by exception forgets them. A token counts only after its batch was left cleanly."""
@@ -80,7 +85,7 @@ class StoreLocator(Protocol):
 
 
 class Batch(Protocol):
-    """One scope of writing; for one thread at a time."""
+    """One scope of writing; for one thread at a time, unless its store `wants_threads`."""
 
     @property
     def written(self) -> int:
@@ -106,13 +111,29 @@ class Release:
 
     `tree` is the prepared tree, or None where `Publisher.root` said that the root exists. `record` is complete but
     for `root`, `entries`, `size`, `altered`, `replaces`, which the publisher fills in. `layers` come with a tree if
-    `Publisher.wants_layers`.
+    `Publisher.wants_layers`. `adopted` is the path of a root that another tool made and that is taken over as it
+    stands, without a tree and without knowing how many entries it has.
     """
 
     image: Image
     record: Published
     tree: Tree | None
     layers: tuple[Stacked, ...] = ()
+    adopted: str | None = None
+
+
+class View(Protocol):
+    """What stands in a target, whoever put it there, by paths below its root. Follows no symlink. Safe from many
+    threads. PublishError for what cannot be read, which is never the same as nothing there."""
+
+    def kind(self, path: str) -> Kind | None:
+        """What stands at a path; None if nothing does."""
+
+    def link(self, path: str) -> str | None:
+        """Where the symlink at a path leads to, as written; None if there is none."""
+
+    def read(self, path: str, limit: int) -> bytes | None:
+        """The bytes of the file at a path; None if there is none. PublishError if they are more than `limit`."""
 
 
 class Publisher(Protocol):
@@ -126,6 +147,10 @@ class Publisher(Protocol):
     def wants_layers(self) -> bool:
         """Whether releases shall bring the layers of their image, too."""
 
+    @property
+    def fills_in_variables(self) -> bool:
+        """Whether readers of this target put variables of theirs into symlinks, as clients of CernVM-FS do."""
+
     def lock(self, wait: float = 0) -> AbstractContextManager[None]:
         """Excludes every other run and gc on this target, for at most `wait` seconds of waiting; raises Busy with the
         holder. Cleans what a killed holder left. Reentrant in one publisher."""
@@ -134,11 +159,18 @@ class Publisher(Protocol):
         """What stands published, by public path, read from the target itself. Raises PublishError rather than give
         less than there is."""
 
+    def view(self) -> View:
+        """What stands there now, another tool's things included."""
+
     def root(self, image_id: str, rules: str) -> str | None:
         """The complete root of this image composed under these rules, if the target has one."""
 
     def room(self, size: int, entries: int) -> None:
-        """Raises PublishError if the target cannot take this many bytes and inodes more."""
+        """NoRoom if the target cannot take this many bytes and inodes more."""
+
+    def reclaim(self) -> None:
+        """Frees what contents take that were stored and not published, as far as that can be told at once. Under the
+        lock, and while no layer is read for an image that is still to be published."""
 
     def concerns(self) -> tuple[str, ...]:
         """What an operator should know of this target before it is too late; never raises for what is wrong with it."""
@@ -157,6 +189,10 @@ class Transaction(Protocol):
 
     def publish(self, release: Release) -> Published:
         """Prepares a root (unless it exists), its record, and the public link to it. Gives the completed record."""
+
+    def point(self, record: Published) -> Published:
+        """Publishes a front: its record, and the public link to where `record.root` says, a name of one platform. Gives
+        the record completed by `replaces`. A link never goes before what it leads to."""
 
     def remove(self, public_paths: Sequence[str], *, now: int) -> None:
         """Takes public names away, records included; their roots stay until gc collects them, and from `now` (Unix

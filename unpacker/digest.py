@@ -25,6 +25,21 @@ class Stream(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
+def exactly(stream: Stream, size: int) -> bytes:
+    """The next `size` bytes of a stream; IntegrityError if it ends before."""
+    data = stream.read(size) if size else b""
+    if len(data) == size:
+        return data
+    found, got = [data], len(data)
+    while got < size:
+        data = stream.read(size - got)
+        if not data:
+            raise IntegrityError(f"a file of {size} bytes ended after {got}")
+        found.append(data)
+        got += len(data)
+    return b"".join(found)
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Digest:
     """`algorithm:hex`, the name of exact bytes."""

@@ -10,6 +10,7 @@
         IntegrityError       bytes differ from their digest
       PublishError           look at the target                                 5
         Busy                 somebody else's transaction
+        NoRoom               its disk is full, or its quota used up
       UnsafePlan             a person must look                                 6
 
 Messages name what was being done and never contain a secret, a token or a query string.
@@ -70,6 +71,10 @@ class PublishError(UnpackerError):
     """The target failed: look at its disk, its permissions, its state."""
 
     exit_code = 5
+
+
+class NoRoom(PublishError):
+    """The target's disk is full, or would be."""
 
 
 class Busy(PublishError):

@@ -47,11 +47,23 @@ def collect(publisher: DirectoryPublisher, *, grace: float, now: float, dry_run:
         return _collect(publisher, grace=grace, now=now, dry_run=False)
 
 
-def _collect(publisher: DirectoryPublisher, *, grace: float, now: float, dry_run: bool) -> Collected:
-    layout = publisher.layout
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Due:
+    """What to remove: `roots` by path, `records` by public path; since when others have no name (`waiting`), and what
+    was recorded of that before."""
+
+    roots: list[str]
+    records: list[str]
+    waiting: dict[str, int]
+    recorded: dict[str, int]
+
+
+def judge(layout: Layout, *, grace: float, now: float, known_as: str = "") -> Due:
+    """What has been without a name for more than `grace` seconds at the Unix time `now`. Links may name the target by
+    the path `known_as`, too. PublishError if anything cannot be read that may refer to a root."""
     try:
         recorded = layout.unreferenced()
-        named = _named_roots(layout)
+        named = _named_roots(layout, known_as)
         ours = list(_roots(layout))
         leftover = [path for path in layout.records() if layout.is_leftover(path)]
         old = [path for path in leftover if _modified(layout, f"{METADATA}/{path}") <= now - grace]
@@ -64,28 +76,38 @@ def _collect(publisher: DirectoryPublisher, *, grace: float, now: float, dry_run
         raise posix.failure(error, f"reading what refers to roots in {layout.path} (nothing is deleted)") from error
     times = {root: recorded.get(root, int(now)) for root in ours if root not in named}
     due = sorted(root for root, since in times.items() if since <= now - grace)
+    waiting = {root: since for root, since in times.items() if root not in due}
+    return Due(roots=due, records=sorted(old), waiting=waiting, recorded=recorded)
+
+
+def _collect(publisher: DirectoryPublisher, *, grace: float, now: float, dry_run: bool) -> Collected:
+    layout = publisher.layout
+    due = judge(layout, grace=grace, now=now)
     try:
         if dry_run:
-            contents, freed = _contents_without(layout, due, now - grace)
+            contents, freed = _contents_without(layout, due.roots, now - grace)
         else:
             began = _file_system_time(layout)
-            for root in due:
+            for root in due.roots:
                 _delete_root(layout, posixpath.basename(root))
-            for path in old:
+            for path in due.records:
                 layout.remove_record(path)
-            waiting = {root: since for root, since in times.items() if root not in due}
-            if waiting != recorded:
+            if due.waiting != due.recorded:
                 # After the deleting, which may be what makes room for this file.
-                layout.replace_file(UNREFERENCED, serialise_unreferenced(waiting))
+                layout.replace_file(UNREFERENCED, serialise_unreferenced(due.waiting))
             contents, freed = _delete_contents(layout, now - grace, began)
     except OSError as error:
         raise posix.failure(error, f"collecting garbage in {layout.path}") from error
     return Collected(
-        roots=tuple(due), waiting=len(times) - len(due), contents=contents, freed=freed, records=tuple(sorted(old))
+        roots=tuple(due.roots),
+        waiting=len(due.waiting),
+        contents=contents,
+        freed=freed,
+        records=tuple(due.records),
     )
 
 
-def _named_roots(layout: Layout) -> set[str]:
+def _named_roots(layout: Layout, known_as: str) -> set[str]:
     """The roots that a symlink leads to: public names, other views of them, and what an operator linked by hand."""
     named: set[str] = set()
     real = os.path.realpath(layout.path)
@@ -105,7 +127,7 @@ def _named_roots(layout: Layout) -> set[str]:
                 continue
             if entry.is_symlink():
                 target = os.readlink(f"{layout.path}/{path}")
-                for base in (layout.path, real):
+                for base in (layout.path, real, known_as or real):
                     if target.startswith(f"{base}/"):
                         target = os.path.relpath(target, f"{base}/{directory}")
                 root = posixpath.normpath(posixpath.join(directory, target))

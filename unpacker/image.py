@@ -5,18 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unpacker.errors import UnpackerError
+from unpacker.multiarch import Place, public_path
 from unpacker.oci import Descriptor, ImageConfig, Manifest, Platform
 from unpacker.reference import Reference, Repository
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pinned:
-    """A reference and the descriptor its tag points at now: all that a decision needs."""
+    """A reference and the descriptor its tag points at now: all that a decision needs.
+
+    Of several platforms of one reference each is one, and so is the front before them, whose `platform` is the first.
+    """
 
     reference: Reference
     descriptor: Descriptor
     platform: Platform
     gpu: bool = False
+    place: Place = Place.PLAIN
+
+    @property
+    def public_path(self) -> str:
+        return public_path(self.reference.public_path, self.place, self.platform)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

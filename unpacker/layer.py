@@ -3,11 +3,11 @@
 Names and bytes part ways here: each file's bytes go sideways into the store and come back as a token, the metadata go
 forward. OCI image specification, `layer.md`, sections "Changeset" and "Whiteouts".
 
-Three threads share the work of one layer, because decompressing, hashing and writing release the interpreter:
+Threads share the work of one layer, because decompressing, hashing and writing release the interpreter:
 
     inflate   stream → inflate → diff ID → bounded pipe
     caller    pipe → tar → batch.put
-    flush     leaves full batches (one sync, then all renames) while the next is being filled
+    storing   leave full batches while the next is being filled; where the store wants threads, do the `put`s, too
 
 Memory does not grow with the layer or its files, only with the number of its entries. Whatever fails in one thread
 stops the others; the caller gets that first failure, and no thread outlives the call.
@@ -18,13 +18,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 
 from unpacker import compression
 from unpacker.changeset import Changeset, Entry, Kind
-from unpacker.contracts import Batch, ContentStore, RegistryLocator, StoreLocator
+from unpacker.contracts import ContentStore, RegistryLocator, StoreLocator
 from unpacker.digest import Digest, Stream
 from unpacker.errors import ImageError, IntegrityError
 from unpacker.image import Layer
@@ -32,19 +30,19 @@ from unpacker.limits import Limits
 from unpacker.oci import LAYER_COMPRESSION
 from unpacker.reference import Repository
 from unpacker.rootfs import Policy, publishable
-from unpacker.tar import Member, TarReader
-
-BATCH_BYTES = 64 << 20
-BATCH_FILES = 1 << 16
-"""After how much a batch is made durable: so much is lost, at most, when a run is killed."""
+from unpacker.storing import THREADS, Batches
+from unpacker.tar.reader import Member, TarReader
 
 METADATA_BYTES = 512 << 20
 """Of all names, link targets and extended attributes of a layer, which are held in memory."""
 
+_NAMES = 100
+"""Bytes of names that go with an entry of a share."""
+
 _XATTR_NAME = 255
 _XATTR_VALUE = 1 << 16
 """The most that Linux takes: XATTR_NAME_MAX, XATTR_SIZE_MAX."""
-_PIPE_PIECES = 4
+_PIPE_PIECES = 8
 _PROOF_BYTES = 256 << 20
 _PARENTS_REMEMBERED = 1 << 14
 _PARENT_LENGTH = 512
@@ -65,21 +63,25 @@ class LayerJob:
     store: StoreLocator
     policy: Policy
     limits: Limits
+    share: int = 0
+    """How many entries it may have beside other layers that are read at the same time; 0 where it is read alone."""
 
 
 def read_layer(job: LayerJob) -> bytes:
     """Reads one layer in any process, for an Executor. Gives the encoded Changeset, whose tokens are durable."""
     store = job.store.open()
     with job.registry.open().blob(job.repository, job.layer.descriptor) as stream:
-        return read(stream, job.layer, store, job.policy, job.limits).encode()
+        return read(stream, job.layer, store, job.policy, job.limits, job.share).encode()
 
 
-def read(stream: Stream, layer: Layer, store: ContentStore, policy: Policy, limits: Limits) -> Changeset:
+def read(
+    stream: Stream, layer: Layer, store: ContentStore, policy: Policy, limits: Limits, share: int = 0
+) -> Changeset:
     """Reads a layer's compressed stream to its end and gives its Changeset; the contents are then durable in `store`.
 
     `stream` itself verifies the blob (see VerifiedReader); the diff ID is verified here. Every entry is as `policy`
-    publishes it. ImageError for what is malformed or beyond `limits`, IntegrityError for bytes that are not what
-    their digests say, and whatever `stream` and `store` raise.
+    publishes it. ImageError for what is malformed or beyond `limits`, Crowded for what is beyond `share` only,
+    IntegrityError for bytes that are not what their digests say, and whatever `stream` and `store` raise.
     """
     what = f"layer {layer.descriptor.digest}"
     declared = LAYER_COMPRESSION.get(layer.descriptor.media_type)
@@ -87,12 +89,12 @@ def read(stream: Stream, layer: Layer, store: ContentStore, policy: Policy, limi
         raise ImageError(f"{what}: no file system layer but {layer.descriptor.media_type or 'untyped'}")
     pipe = _Pipe()
     try:
-        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="layer") as pool:
+        with ThreadPoolExecutor(max_workers=1 + THREADS, thread_name_prefix="layer") as pool:
             try:
                 inflating = pool.submit(_inflate, stream, declared, layer, limits, pipe, what)
                 inflating.add_done_callback(pipe.finish)
-                with _Batches(store, pool, pipe) as batches:
-                    reading = _Reading(batches, policy, limits, what)
+                with Batches(store, pool, pipe.fail) as batches:
+                    reading = _Reading(batches, policy, limits, share, what)
                     reading.all(TarReader(pipe, limits, what))
                 return reading.changeset(layer.diff_id, inflating.result())
             finally:
@@ -108,6 +110,10 @@ def read(stream: Stream, layer: Layer, store: ContentStore, policy: Policy, limi
 
 class _BeyondLimit(ImageError):
     """More than the operator allows: no need to know the rest of it."""
+
+
+class Crowded(_BeyondLimit):
+    """More metadata than fits beside those of other layers: to be read again when no other is."""
 
 
 def _read_on(stream: Stream, error: ImageError) -> None:
@@ -171,7 +177,9 @@ class _Pipe:
                         raise self._end
                     return b""
                 data = self._pieces.popleft()
-                self._changed.notify()
+                # A writer that waits is woken for some pieces at once: waking costs as much as a piece's hash.
+                if len(self._pieces) <= _PIPE_PIECES // 2:
+                    self._changed.notify()
         if len(data) <= size:
             self._rest = b""
             return data
@@ -188,9 +196,11 @@ class _Pipe:
 
     def fail(self, worker: Future[None]) -> None:
         """Another thread is done: if it failed, so does the next read."""
-        with self._changed:
-            self._error = self._error or worker.exception()
-            self._changed.notify_all()
+        error = worker.exception()
+        if error is not None:
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
 
     def close(self) -> None:
         """The reader is gone: the writer shall stop."""
@@ -204,76 +214,17 @@ class _Closed(Exception):
     """Ends the writing thread after its reader left; nobody waits for it."""
 
 
-class _Batches:
-    """The batches of one layer, one after the other: the full one becomes durable while the next is being filled."""
-
-    def __init__(self, store: ContentStore, pool: ThreadPoolExecutor, pipe: _Pipe) -> None:
-        self._store = store
-        self._pool = pool
-        self._pipe = pipe
-        self._scope: AbstractContextManager[Batch] | None = None
-        self._batch: Batch | None = None
-        self._files = 0
-        self._flushing: Future[None] | None = None
-
-    def __enter__(self) -> _Batches:
-        return self
-
-    def put(self, stream: Stream, size: int, hint: Entry) -> str:
-        batch = self._batch
-        if batch is None:
-            scope = self._store.batch()
-            batch = self._batch = scope.__enter__()
-            self._scope = scope
-        token = batch.put(stream, size, hint)
-        self._files += 1
-        if batch.written >= BATCH_BYTES or self._files >= BATCH_FILES:
-            self._flush()
-        return token
-
-    def _flush(self) -> None:
-        """Hands the batch to the flush thread, at most one at a time, so that they cannot pile up."""
-        self._wait()
-        scope, self._scope, self._batch, self._files = self._scope, None, None, 0
-        if scope is not None:
-            self._flushing = self._pool.submit(_leave, scope)
-            self._flushing.add_done_callback(self._pipe.fail)
-
-    def _wait(self) -> None:
-        if self._flushing is not None:
-            self._flushing.result()
-
-    def _abandon(self, error: BaseException) -> None:
-        scope, self._scope = self._scope, None
-        if scope is not None:
-            scope.__exit__(type(error), error, error.__traceback__)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._abandon(error)
-            return
-        try:
-            self._flush()
-            self._wait()
-        except BaseException as failure:
-            self._abandon(failure)
-            raise
-
-
-def _leave(scope: AbstractContextManager[Batch]) -> None:
-    scope.__exit__(None, None, None)
-
-
 class _Reading:
     """The growing Changeset of one layer."""
 
-    def __init__(self, batches: _Batches, policy: Policy, limits: Limits, what: str) -> None:
+    def __init__(self, batches: Batches, policy: Policy, limits: Limits, share: int, what: str) -> None:
         self._batches = batches
         self._policy = policy
         self._limits = limits
         self._what = what
+        self._beyond: type[_BeyondLimit] = Crowded if 0 < share < limits.image_entries else _BeyondLimit
+        self._most_entries = share if self._beyond is Crowded else limits.image_entries
+        self._most_metadata = min(METADATA_BYTES, share * _NAMES) if self._beyond is Crowded else METADATA_BYTES
         self._paths = Paths(limits, what)
         self._entries: list[Entry] = []
         self._whiteouts: list[str] = []
@@ -283,10 +234,10 @@ class _Reading:
         self._metadata = 0
 
     def all(self, tar: TarReader) -> None:
-        normal, entries, limit = self._paths.normal, self._entries, self._limits.image_entries
+        normal, entries, limit = self._paths.normal, self._entries, self._most_entries
         for count, member in enumerate(tar, 1):
             if count > limit:
-                raise _BeyondLimit(f"{self._what}: more than {limit} entries")
+                raise self._beyond(f"{self._what}: more than {limit} entries")
             path = normal(member.path)
             self._hold(len(path) + len(member.target))
             if _WHITEOUT in path and self._is_reserved(path, member, tar):
@@ -296,12 +247,19 @@ class _Reading:
     def changeset(self, diff_id: str, size: int) -> Changeset:
         return Changeset(
             diff_id=diff_id,
-            entries=tuple(self._entries),
+            entries=self._settled(),
             whiteouts=tuple(self._whiteouts),
             opaque=tuple(self._opaque),
             size=size,
             content_size=self._content_size,
         )
+
+    def _settled(self) -> tuple[Entry, ...]:
+        """The entries with tokens in place of tickets."""
+        if not self._batches.gives_tickets:
+            return tuple(self._entries)
+        token = self._batches.token
+        return tuple(Entry._make((*e[:10], token(e.token), e[11])) if e.token else e for e in self._entries)
 
     def _entry(self, path: str, member: Member, tar: TarReader) -> Entry:
         _, kind, mode, uid, gid, mtime_ns, size, target, device, xattrs = member
@@ -334,8 +292,8 @@ class _Reading:
 
     def _hold(self, size: int) -> None:
         self._metadata += size
-        if self._metadata > METADATA_BYTES:
-            raise _BeyondLimit(f"{self._what}: more than {METADATA_BYTES} bytes of names and extended attributes")
+        if self._metadata > self._most_metadata:
+            raise self._beyond(f"{self._what}: more than {self._most_metadata} bytes of names and extended attributes")
 
     def _check_xattrs(self, entry: Entry) -> None:
         for name, value in entry.xattrs:

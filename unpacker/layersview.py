@@ -10,10 +10,11 @@ from __future__ import annotations
 import posixpath
 from dataclasses import replace
 
+from unpacker.apply import apply
 from unpacker.changeset import Changeset, Entry, Kind
 from unpacker.errors import ImageError
 from unpacker.limits import Limits
-from unpacker.tree import EMPTY, Directory, Node, Special, Tree, apply, walk
+from unpacker.tree import EMPTY, Directory, Node, Special, Tree, walk
 
 OPAQUE = ("trusted.overlay.opaque", b"y")
 WHITEOUT = Special(0, 0, 0, 0, (), Kind.CHARACTER, (0, 0))

@@ -59,6 +59,7 @@ def _try(path: str) -> int | None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Somebody may have replaced the file between the two calls: then this is a lock on nothing.
         if os.path.samestat(os.fstat(fd), os.stat(path)):
+            _give_away(fd, path)
             return fd
     except (BlockingIOError, FileNotFoundError):
         pass
@@ -67,6 +68,14 @@ def _try(path: str) -> int | None:
         raise
     os.close(fd)
     return None
+
+
+def _give_away(fd: int, path: str) -> None:
+    """Makes root's file one of who owns the directory: left as root's, it would lock its owner out."""
+    if os.geteuid() == 0:
+        owner = os.stat(os.path.dirname(path))
+        if owner.st_uid != os.fstat(fd).st_uid:
+            os.fchown(fd, owner.st_uid, owner.st_gid)
 
 
 def _sign(fd: int) -> None:
@@ -91,13 +100,14 @@ def _holder(path: str) -> str:
         with open(path, "rb") as file:
             value = json.loads(file.read(65536))
         age = max(0, int(time.time()) - int(value["started"]))
-        return f"{value['command']!r} on {value['host']}, pid {value['pid']}, for {_duration(age)}"
+        return f"{value['command']!r} on {value['host']}, pid {value['pid']}, for {duration(age)}"
     except (OSError, ValueError, KeyError, TypeError):
         # Between taking the lock and signing it, the holder is not yet known.
         return "another process"
 
 
-def _duration(seconds: int) -> str:
+def duration(seconds: int) -> str:
+    """How long somebody has held something."""
     if seconds < 120:
         return f"{seconds} s"
     return f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"

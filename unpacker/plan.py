@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from unpacker.digest import Digest
-from unpacker.errors import UnpackerError, WishlistError
-from unpacker.image import Pinned, Unresolved
+from unpacker.errors import PublishError, UnpackerError, WishlistError
+from unpacker.image import Image, Pinned, Unresolved
+from unpacker.multiarch import Place
 from unpacker.oci import Descriptor
 from unpacker.record import Published, Unreadable
-from unpacker.reference import Reference
+from unpacker.reference import Reference, Repository
 from unpacker.wish import Wish
 
 DAY = 86_400
@@ -26,6 +27,10 @@ class Verb(enum.StrEnum):
 
     PUBLISH = "publish"
     UPDATE = "update"
+    ADOPT = "adopt"
+    """What another tool published and is sound gets a record, and stays as it is."""
+    REPAIR = "repair"
+    """What another tool published and is damaged is composed anew."""
     REMOVE = "remove"
     KEEP = "keep"
 
@@ -43,6 +48,8 @@ class Action:
     """The wishlists that the record names afterwards."""
     vanished: bool = False
     """Wished and published, but the registry no longer has it."""
+    inherited: Inheritance | None = None
+    """What another tool left, where that is what the action is about."""
 
     @property
     def changes(self) -> bool:
@@ -53,15 +60,29 @@ class Action:
 class Resolution:
     """What the registries said about the wishes of one wishlist.
 
-    `listed` has the tags of each repository (by its printed name) whose list was read to its end. `missing` are
-    references that are wished literally and that the registry says it does not have. `warnings` are for people.
+    `listed` has the tags of each repository whose list was read to its end; over http and over https it is two, for
+    another server may answer. `missing` are references that are wished literally and that the registry says it does
+    not have. `warnings` are for people.
     """
 
     pinned: tuple[Pinned, ...] = ()
     unresolved: tuple[Unresolved, ...] = ()
     missing: tuple[Unresolved, ...] = ()
-    listed: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    listed: Mapping[Repository, frozenset[str]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inheritance:
+    """What becomes of a name that another tool published: adopt, repair, update, keep or remove, and why.
+
+    `root` is the root to adopt, below the target's root; `image` is there where the registry was asked for it.
+    """
+
+    verb: Verb
+    reason: str
+    image: Image | None = None
+    root: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +103,8 @@ class Rules:
     keep_vanished: float | None = None
     vanished_since: Mapping[str, int] = field(default_factory=dict)
     damaged: frozenset[str] = frozenset()
+    inherited: Mapping[str, Inheritance] = field(default_factory=dict)
+    """By public path; empty unless the run adopts."""
     now: int = 0
 
 
@@ -109,16 +132,24 @@ def plan(
     """Compares what is wished with what stands published."""
     actions: list[Action] = []
     conflicts: list[Unresolved] = []
+    removals: list[Action] = []
     for pinned in resolution.pinned:
-        decided = _decide(pinned, published.get(pinned.reference.public_path), rules)
+        decided = _decide(pinned, published.get(pinned.public_path), rules)
         if isinstance(decided, Unresolved):
             conflicts.append(decided)
         else:
             actions.append(decided)
-    wished = {pinned.reference.public_path for pinned in resolution.pinned}
-    failed = [u for u in resolution.missing if u.name not in published]
+    wished = {pinned.public_path for pinned in resolution.pinned}
+    for path, one in rules.inherited.items():
+        if path not in wished:
+            action = _inherit(path, one, published.get(path))
+            if action.verb is not Verb.REMOVE:
+                actions.append(action)
+            elif rules.removals and rules.sound:
+                removals.append(action)
+    standing = {p.reference.public_path if isinstance(p, Published) else path for path, p in published.items()}
+    failed = [u for u in resolution.missing if u.reference is None or u.reference.public_path not in standing]
     spoken_for = wished | {c.reference.public_path for c in conflicts if c.reference}
-    removals: list[Action] = []
     for path, before in sorted(published.items()):
         if path in spoken_for or isinstance(before, Unreadable):
             continue
@@ -137,7 +168,7 @@ def plan(
 
 
 def _decide(pinned: Pinned, before: Published | Unreadable | None, rules: Rules) -> Action | Unresolved:
-    path = pinned.reference.public_path
+    path = pinned.public_path
     owners = (rules.owner,) if rules.owner is not None else ()
     if isinstance(before, Published):
         # What no wishlist published belongs to none, whoever wishes it now: it is removed only by name.
@@ -146,36 +177,63 @@ def _decide(pinned: Pinned, before: Published | Unreadable | None, rules: Rules)
     def act(verb: Verb, reason: str) -> Action:
         return Action(verb=verb, public_path=path, reason=reason, before=before, after=pinned, owners=owners)
 
+    if (inherited := rules.inherited.get(path)) is not None:
+        # It belongs to nobody, whoever wishes it now: it was there before, and is removed only by name.
+        return _inherit(path, inherited, before)
     if before is None:
         return act(Verb.PUBLISH, "not published yet")
+    if isinstance(before, Unreadable) and before.is_foreign:
+        return Unresolved(
+            repository=pinned.reference.repository,
+            reference=pinned.reference,
+            error=PublishError(before.problem),
+        )
     if isinstance(before, Unreadable):
         return act(Verb.UPDATE, f"its record cannot be relied on: {before.problem}")
-    if not before.platform.serves(pinned.platform):
-        others = [owner for owner in before.owners if owner != rules.owner]
+    others = [owner for owner in before.owners if owner != rules.owner]
+    if before.place is not pinned.place or not before.platform.serves(pinned.platform):
+        stands, wanted = _purpose(before), _purpose(pinned)
         if others:
             return Unresolved(
                 repository=pinned.reference.repository,
                 reference=pinned.reference,
                 error=WishlistError(
-                    f"{path} is published for {before.platform} by the wishlist {others[0]}: "
+                    f"{path} is published for {stands} by the wishlist {others[0]}, and wished here for {wanted}: "
                     f"two wishlists cannot wish one name for two platforms"
                 ),
             )
-        return act(Verb.UPDATE, f"wished for {pinned.platform}, published for {before.platform}")
+        return act(Verb.UPDATE, f"wished for {wanted}, published for {stands}")
     if before.digest != str(pinned.descriptor.digest):
         return act(Verb.UPDATE, f"the tag moved from {_short(before.digest)} to {pinned.descriptor.digest.short}")
     if path in rules.damaged:
         return act(Verb.UPDATE, "its root is damaged")
-    if rules.rebuild is not None and before.rules != rules.rebuild:
+    if pinned.place is not Place.FRONT and rules.rebuild is not None and before.rules != rules.rebuild:
         return act(Verb.UPDATE, "published under other rules")
+    if before.gpu != pinned.gpu and not others:
+        return act(Verb.UPDATE, f"wished {'with' if pinned.gpu else 'without'} gpu")
     if owners != before.owners:
         return act(Verb.UPDATE, "published for another wishlist, wished here, too")
     return act(Verb.KEEP, "as wished")
 
 
+def _inherit(path: str, inherited: Inheritance, before: Published | Unreadable | None) -> Action:
+    after = None if inherited.image is None else inherited.image.pinned
+    return Action(
+        verb=inherited.verb,
+        public_path=path,
+        reason=inherited.reason,
+        before=before,
+        after=after,
+        inherited=inherited,
+    )
+
+
+def _purpose(name: Published | Pinned) -> str:
+    return f"several platforms, {name.platform} first" if name.place is Place.FRONT else str(name.platform)
+
+
 def _leftover(before: Published, wishes: Sequence[Wish], resolution: Resolution, rules: Rules) -> Action:
     """What becomes of a name that this wishlist published and no pinned reference stands for now."""
-    repository = str(before.reference.repository)
 
     def act(verb: Verb, reason: str, *, vanished: bool = False) -> Action:
         return Action(verb=verb, public_path=before.public_path, reason=reason, before=before, vanished=vanished)
@@ -183,7 +241,7 @@ def _leftover(before: Published, wishes: Sequence[Wish], resolution: Resolution,
     if any(_may_wish(u, before.reference) for u in resolution.unresolved):
         return act(Verb.KEEP, "kept: what the registry has now is not known")
     if any(u.name == str(before.reference) or _same_name(u, before) for u in resolution.missing) or _vanished(
-        before.reference, wishes, resolution.listed.get(repository)
+        before.reference, wishes, resolution.listed
     ):
         since = rules.vanished_since.get(before.public_path, rules.now)
         days = (rules.now - since) / DAY
@@ -210,11 +268,17 @@ def _leftover(before: Published, wishes: Sequence[Wish], resolution: Resolution,
 def _as_it_stands(before: Published) -> Pinned:
     """What a published name is pinned to, so that its record can be written anew and nothing else."""
     descriptor = Descriptor(media_type="", digest=Digest.parse(before.digest), size=0)
-    return Pinned(reference=before.reference, descriptor=descriptor, platform=before.platform, gpu=before.gpu)
+    return Pinned(
+        reference=before.reference,
+        descriptor=descriptor,
+        platform=before.platform,
+        gpu=before.gpu,
+        place=before.place,
+    )
 
 
 def _same_name(unresolved: Unresolved, before: Published) -> bool:
-    return unresolved.reference is not None and unresolved.reference.public_path == before.public_path
+    return unresolved.reference is not None and unresolved.reference.public_path == before.reference.public_path
 
 
 def _may_wish(unresolved: Unresolved, reference: Reference) -> bool:
@@ -223,13 +287,17 @@ def _may_wish(unresolved: Unresolved, reference: Reference) -> bool:
     return str(unresolved.repository) == str(reference.repository)
 
 
-def _vanished(reference: Reference, wishes: Iterable[Wish], listed: frozenset[str] | None) -> bool:
+def _vanished(reference: Reference, wishes: Iterable[Wish], listed: Mapping[Repository, frozenset[str]]) -> bool:
     """Whether the wishes would still choose this tag if the registry still had it."""
     tag = reference.tag
-    if tag is None or listed is None or tag in listed:
+    if tag is None:
         return False
-    same = (w for w in wishes if str(w.repository) == str(reference.repository) and w.digest is None)
-    return any(tag in wish.select((*listed, tag)) for wish in same)
+    # By the printed name: a record does not say whether it was http or https.
+    for wish in (w for w in wishes if str(w.repository) == str(reference.repository) and w.digest is None):
+        tags = listed.get(wish.repository)
+        if tags is not None and tag not in tags and tag in wish.select((*tags, tag)):
+            return True
+    return False
 
 
 def _gate(
@@ -238,15 +306,19 @@ def _gate(
     published: Mapping[str, Published | Unreadable],
     rules: Rules,
 ) -> tuple[list[Action], list[Action], str]:
-    """Holds back removals beyond what a program should decide alone: more than max(5, 10 %) of this wishlist's tags."""
-    ours = sum(1 for p in published.values() if isinstance(p, Published) and rules.owner in p.owners)
+    """Holds back removals beyond what a program should decide alone: more than max(5, 10 %) of this wishlist's tags,
+    each counted once for all its platforms."""
+    ours = len(
+        {p.reference.public_path for p in published.values() if isinstance(p, Published) and rules.owner in p.owners}
+    )
+    gone = len({a.before.reference.public_path if isinstance(a.before, Published) else a.public_path for a in removals})
     bound = max(5, ours // 10)
     if rules.allow_removals or not removals:
         return removals, [], ""
     if not wishes:
         return [], removals, f"the wishlist is empty and {len(removals)} names stand published for it"
-    if len(removals) > bound:
-        return [], removals, f"{len(removals)} of {ours} names would be removed, more than {bound}"
+    if gone > bound:
+        return [], removals, f"{gone} of {ours} names would be removed, more than {bound}"
     return removals, [], ""
 
 
@@ -259,6 +331,8 @@ class Done(enum.StrEnum):
 
     PUBLISHED = "published"
     UPDATED = "updated"
+    ADOPTED = "adopted"
+    REPAIRED = "repaired"
     REMOVED = "removed"
     KEPT = "kept"
     FAILED = "failed"
@@ -275,3 +349,18 @@ class Outcome:
     size: int = 0
     published: Published | None = None
     error: UnpackerError | None = None
+
+    @classmethod
+    def of(cls, action: Action, published: Published | None = None) -> Outcome:
+        """That an action was done as planned."""
+        return cls(action=action, done=_DONE[action.verb], published=published)
+
+
+_DONE = {
+    Verb.PUBLISH: Done.PUBLISHED,
+    Verb.UPDATE: Done.UPDATED,
+    Verb.ADOPT: Done.ADOPTED,
+    Verb.REPAIR: Done.REPAIRED,
+    Verb.REMOVE: Done.REMOVED,
+    Verb.KEEP: Done.KEPT,
+}

@@ -37,7 +37,7 @@ class Pools:
     def __init__(self, jobs: int) -> None:
         """With one job layers are read in a thread of this process: one layer keeps a core busy by itself."""
         _keep_memory()
-        self._jobs = jobs
+        self.jobs = jobs
         self._processes = jobs > 1
         if self._processes:
             layers = ProcessPoolExecutor(jobs, _context(), _start_worker, (os.getpid(),))
@@ -56,7 +56,7 @@ class Pools:
             return self.layers.submit(function, argument)
         except BrokenProcessPool:
             self.layers.shutdown(wait=False)
-            self.layers = ProcessPoolExecutor(self._jobs, _context(), _start_worker, (os.getpid(),))
+            self.layers = ProcessPoolExecutor(self.jobs, _context(), _start_worker, (os.getpid(),))
             return self.layers.submit(function, argument)
 
     def alone(self, function: Callable[[A], T], argument: A) -> Future[T]:

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from unpacker.execute import Progress, Silent
 from unpacker.plan import Outcome
-from unpacker.reconcile import Progress, Silent
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from unpacker.contracts import Registry
 from unpacker.errors import UnpackerError
 from unpacker.image import Pinned
 from unpacker.limits import Limits
+from unpacker.multiarch import Place
 from unpacker.report import Proposal
 from unpacker.resolve import complete, manifest_of, names_of, resolve
 from unpacker.wish import Wish
@@ -36,8 +37,9 @@ def propose(
     still, _ = names_of([w for w in new if w.meaning in before and w.needs_listing], registry, executor, {})
     kept = {path for wish in new if wish.meaning in before for path in _literal_paths(wish)} | set(still)
     proposals: list[Proposal] = []
-    wished = {pinned.reference.public_path for pinned in resolution.pinned}
-    fresh = [p for p in resolution.pinned if _is_news(p, old_names, kept)]
+    wished = {pinned.public_path for pinned in resolution.pinned}
+    images = (p for p in resolution.pinned if p.place is not Place.FRONT)
+    fresh = [p for p in images if _is_news(p, old_names, kept)]
     proposals += executor.map(lambda p: _look_up(p, old_names, registry, limits, may_become_public), fresh)
     proposals += [
         Proposal(name=u.name, change="add", error=str(u.error)) for u in (*resolution.unresolved, *resolution.missing)
@@ -56,15 +58,18 @@ def propose(
 
 
 def _literal_paths(wish: Wish) -> list[str]:
-    return [reference.public_path for reference in wish.literal_references]
+    return [path for reference in wish.literal_references for path in wish.public_paths(reference)]
 
 
 def _is_news(pinned: Pinned, old_names: Mapping[str, Wish], kept: set[str]) -> bool:
-    path = pinned.reference.public_path
+    path = pinned.public_path
     if path in kept:
         return False
     wish = old_names.get(path)
-    return wish is None or wish.platform != pinned.platform or wish.digest != pinned.reference.digest
+    if wish is None or wish.digest != pinned.reference.digest:
+        return True
+    # The name of one platform of several says which one; a plain name does not.
+    return pinned.place is Place.PLAIN and (bool(wish.platforms) or wish.platform != pinned.platform)
 
 
 def _look_up(
@@ -74,7 +79,7 @@ def _look_up(
     limits: Limits,
     may_become_public: Collection[str],
 ) -> Proposal:
-    path = pinned.reference.public_path
+    path = pinned.public_path
     change = "change" if path in old_names else "add"
     try:
         manifest, digest, platforms = manifest_of(pinned, registry, limits)

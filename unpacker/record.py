@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
+from unpacker.multiarch import Place, public_path
 from unpacker.oci import Platform
 from unpacker.reference import Reference
 
 SCHEMA = 1
+ADOPTED = "adopted"
+"""In place of the hash of rules: the root is another tool's, made under rules that nobody knows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +29,10 @@ class Published:
     from another tool, removed only by name), `also` others that ask for it, too. `published` is Unix time in seconds.
     `altered` counts what the policy changed, by word. `replaces` is what the name stood for before: until the public
     link is switched, that one is in force, and the link tells which.
+
+    A front, which leads to the names of several platforms, has no root of its own: `root` is where it leads to, below
+    the target's root, perhaps with a variable in it that clients fill in; `platform` is the first of its platforms, and
+    what describes one image is empty.
     """
 
     reference: Reference
@@ -43,17 +51,27 @@ class Published:
     layers: tuple[str, ...] = ()
     altered: Mapping[str, int] = field(default_factory=dict)
     gpu: bool = False
+    place: Place = Place.PLAIN
     tool: str = ""
     replaces: Published | None = None
 
     @property
     def public_path(self) -> str:
-        return self.reference.public_path
+        return public_path(self.reference.public_path, self.place, self.platform)
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether the root is another tool's, of which no listing was made and no entry counted."""
+        return self.rules == ADOPTED
 
     @property
     def owners(self) -> tuple[str, ...]:
         """The wishlists that ask for it. The name goes when the last of them no longer does."""
         return () if self.wishlist is None else (self.wishlist, *self.also)
+
+    def succeeding(self, before: Published | Unreadable | None) -> Published:
+        """This record as that of a name which stood for `before`."""
+        return replace(self, replaces=replace(before, replaces=None) if isinstance(before, Published) else None)
 
     def to_json(self) -> dict[str, Any]:
         value: dict[str, Any] = {
@@ -74,6 +92,7 @@ class Published:
             "layers": list(self.layers),
             "altered": dict(sorted(self.altered.items())),
             "gpu": self.gpu,
+            "place": self.place.value,
             "tool": self.tool,
         }
         if self.replaces is not None:
@@ -92,7 +111,7 @@ class Published:
                 digest=str(value["digest"]),
                 manifest_digest=str(value["manifest_digest"]),
                 image_id=str(value["image_id"]),
-                platform=Platform.parse(value["platform"]),
+                platform=_platform(value["platform"]),
                 root=str(value["root"]),
                 rules=str(value["rules"]),
                 wishlist=value["wishlist"],
@@ -104,6 +123,7 @@ class Published:
                 layers=tuple(str(d) for d in value["layers"]),
                 altered={str(k): int(v) for k, v in value["altered"].items()},
                 gpu=bool(value["gpu"]),
+                place=Place(value.get("place", Place.PLAIN)),
                 tool=str(value["tool"]),
                 replaces=None if replaces is None else cls.from_json(replaces),
             )
@@ -122,7 +142,17 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A public name whose record is missing, damaged or at odds with its link. Never treated as unpublished garbage."""
+    """A public name whose record is missing, damaged or at odds with its link. Never treated as unpublished garbage.
+
+    `is_foreign`: it is no link at all, hence none of ours, and is neither replaced nor removed.
+    """
 
     public_path: str
     problem: str
+    is_foreign: bool = False
+
+
+@lru_cache(maxsize=256)
+def _platform(text: str) -> Platform:
+    """Remembered: a target has thousands of records of very few platforms."""
+    return Platform.parse(text)

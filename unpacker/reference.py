@@ -10,6 +10,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from unpacker.digest import Digest
 
@@ -65,15 +66,9 @@ class Repository:
         elif scheme not in ("https", "http"):
             raise ValueError(f"{scheme}:// is not a registry's scheme (expected https://registry/repository)")
         registry, slash, name = rest.partition("/")
-        match = _HOST.fullmatch(registry)
-        named = "." in registry or ":" in registry or registry == "localhost"
-        if not slash or not match or not named:
+        if not slash or not _is_registry(registry):
             hint = f"registry.hub.docker.com/{rest if slash else 'library/' + rest}"
             raise ValueError(f"no registry host in {text!r} (for Docker Hub write {hint})")
-        if not _may_be_host(match["host"]):
-            raise ValueError(f"no such host: {registry!r} (neither a name nor an address)")
-        if match["port"] and not 0 < int(match["port"]) < 65536:
-            raise ValueError(f"no such port: {registry!r}")
         if not _NAME.fullmatch(name):
             raise ValueError(
                 f"not a repository name: {name!r} (lower-case letters, digits, separators . _ - between them, "
@@ -102,6 +97,22 @@ class Repository:
         return f"{self.registry}/{self.name}"
 
 
+@lru_cache(maxsize=1024)
+def _is_registry(text: str) -> bool:
+    """Whether this is `host[:port]`, and not the first part of a name; ValueError if the host or the port cannot be.
+
+    Remembered: a target has thousands of names of very few registries.
+    """
+    match = _HOST.fullmatch(text)
+    if not match or not ("." in text or ":" in text or text == "localhost"):
+        return False
+    if not _may_be_host(match["host"]):
+        raise ValueError(f"no such host: {text!r} (neither a name nor an address)")
+    if match["port"] and not 0 < int(match["port"]) < 65536:
+        raise ValueError(f"no such port: {text!r}")
+    return True
+
+
 def _may_be_host(host: str) -> bool:
     """Whether what looks like an address is one, and what is a name could be in the domain name system."""
     if host.startswith("[") or re.fullmatch(r"[0-9.]+", host):
@@ -113,6 +124,7 @@ def _may_be_host(host: str) -> bool:
     return len(host) <= HOST_LIMIT and all(len(label) <= HOST_LABEL_LIMIT for label in host.split("."))
 
 
+@lru_cache(maxsize=1024)
 def is_loopback(registry: str) -> bool:
     """Whether `host[:port]` is spelled as this machine's loopback."""
     host = registry.lower()

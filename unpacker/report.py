@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unpacker.image import Unresolved
+from unpacker.multiarch import Place
 from unpacker.plan import Action, Done, Outcome, Plan, Verb
 from unpacker.record import Published, Unreadable
 from unpacker.status import Failure, State, Status
@@ -93,7 +94,10 @@ def age(seconds: float) -> str:
 
 def moment(unix: int | None) -> str | None:
     """Unix seconds as ISO 8601 in UTC."""
-    return None if unix is None else datetime.datetime.fromtimestamp(unix, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    if unix is None:
+        return None
+    text = datetime.datetime.fromtimestamp(unix, datetime.UTC).isoformat(timespec="seconds")
+    return text.removesuffix("+00:00") + "Z"
 
 
 # -- plan -------------------------------------------------------------------------------------------------------
@@ -113,10 +117,8 @@ PLAN_HEADER = ("ACTION", "NAME", "REASON")
 def plan_summary(plan: Plan) -> str:
     """One line that says it all."""
     counts = Counter(a.verb for a in plan.actions)
-    text = (
-        f"{counts[Verb.PUBLISH]} to publish, {counts[Verb.UPDATE]} to update, {counts[Verb.REMOVE]} to remove, "
-        f"{counts[Verb.KEEP]} to keep"
-    )
+    shown = [verb for verb in Verb if counts[verb] or verb not in (Verb.ADOPT, Verb.REPAIR)]
+    text = ", ".join(f"{counts[verb]} to {verb.value}" for verb in shown)
     if plan.held:
         text += f", {len(plan.held)} removals held: {plan.refusal}"
     if plan.unresolved:
@@ -222,12 +224,14 @@ def status_note(
     except (ValueError, TypeError, KeyError, AttributeError):
         pass  # there is none yet, or not one of ours: it is written anew
     lists[owner] = {"finished": moment(now), "failing": failing}
-    return as_json({"schema": 1, "names": names, "wishlists": lists}).encode("ascii")
+    # A name to a line, without the slow encoder that indents: in a string, a quotation mark has a backslash before it.
+    text = json.dumps({"schema": 1, "names": names, "wishlists": lists}).replace('}, "', '},\n"')
+    return f"{text}\n".encode("ascii")
 
 
 # -- status -----------------------------------------------------------------------------------------------------
 
-STATUS_HEADER = ("STATE", "NAME", "IMAGE", "AGE", "SIZE", "NOTE")
+STATUS_HEADER = ("STATE", "NAME", "DIGEST", "IMAGE", "AGE", "SIZE", "NOTE")
 
 
 def status_rows(rows: Iterable[Status], now: int) -> list[tuple[str, ...]]:
@@ -239,17 +243,24 @@ def status_rows(rows: Iterable[Status], now: int) -> list[tuple[str, ...]]:
             note = f"for {age(now - row.since)}" + (f": {note}" if note else "")
         if row.state is State.UNWISHED and p is not None:
             note = f"not in this wishlist; published for {', '.join(p.owners) or 'nobody'}"
+        if not note and p is not None and p.place is Place.FRONT:
+            note = f"leads to {p.root.rpartition(f'/{p.public_path}')[0]}"
         texts.append(
             (
                 row.state.value,
                 row.name,
-                p.image_id.partition(":")[2][:12] if p else "",
+                _short(p.digest) if p else "",
+                _short(p.image_id) if p else "",
                 age(now - p.published) if p else "",
-                size(p.size) if p else "",
+                size(p.size) if p and p.place is not Place.FRONT else "",
                 note,
             )
         )
     return texts
+
+
+def _short(digest: str) -> str:
+    return digest.partition(":")[2][:12]
 
 
 def status_json(rows: Iterable[Status]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from unpacker import logs
 from unpacker.contracts import Registry
@@ -16,6 +16,7 @@ from unpacker.digest import Digest, Stream
 from unpacker.errors import Denied, ImageError, NotFound, RegistryError, UnpackerError, WishlistError
 from unpacker.image import Image, Layer, Pinned, Unresolved
 from unpacker.limits import Limits
+from unpacker.multiarch import Place
 from unpacker.oci import Descriptor, ImageConfig, Index, Manifest, Platform, parse_manifest
 from unpacker.plan import Resolution
 from unpacker.reference import Reference, Repository, is_tag
@@ -31,9 +32,15 @@ class _Wanted:
     """A reference and what its wish says about it, before any registry was asked for the reference itself."""
 
     reference: Reference
-    platform: Platform
+    places: tuple[tuple[Place, Platform], ...]
     gpu: bool
     line: int
+
+    def pinned(self, descriptor: Descriptor) -> list[Pinned]:
+        return [
+            Pinned(reference=self.reference, descriptor=descriptor, platform=platform, gpu=self.gpu, place=place)
+            for place, platform in self.places
+        ]
 
 
 def resolve(
@@ -49,15 +56,15 @@ def resolve(
     """
     repositories = sorted({wish.repository for wish in wishes if wish.needs_listing})
     answers = dict(zip(repositories, executor.map(lambda r: _list(registry, r), repositories), strict=True))
-    listed = {str(r): frozenset(a) for r, a in answers.items() if not isinstance(a, UnpackerError)}
+    listed = {r: frozenset(a) for r, a in answers.items() if not isinstance(a, UnpackerError)}
     wanted, unresolved, warnings = expand(wishes, answers, limits)
     wanted = [w for w in wanted if in_scope(w.reference.public_path)]
     heads = executor.map(lambda w: _head(registry, w), wanted)
     pinned: list[Pinned] = []
     missing: list[Unresolved] = []
-    for found in heads:
-        if isinstance(found, Pinned):
-            pinned.append(found)
+    for one, found in zip(wanted, heads, strict=True):
+        if isinstance(found, Descriptor):
+            pinned.extend(one.pinned(found))
         elif isinstance(found.error, NotFound):
             missing.append(found)
         else:
@@ -88,7 +95,7 @@ def expand(
             unresolved.append(Unresolved(repository=wish.repository, reference=None, error=listing))
             continue
         for reference in _references(wish, listing, limits, unresolved):
-            wanted = _Wanted(reference=reference, platform=wish.platform, gpu=wish.gpu, line=wish.line)
+            wanted = _Wanted(reference=reference, places=wish.places, gpu=wish.gpu, line=wish.line)
             first = chosen.setdefault(reference.public_path, wanted)
             if _meaning(first) != _meaning(wanted):
                 error = WishlistError(
@@ -99,8 +106,11 @@ def expand(
     return [w for path, w in chosen.items() if path not in clashing], unresolved, warnings
 
 
-def _meaning(wanted: _Wanted) -> _Wanted:
-    return replace(wanted, platform=wanted.platform.normal, line=0)
+def _meaning(wanted: _Wanted) -> object:
+    # The last place has the platform that matters most; the order of those before it does not.
+    *names, (place, last) = wanted.places
+    same = (*sorted((kind, str(p.normal)) for kind, p in names), (place, str(last.normal)))
+    return (wanted.reference, same, wanted.gpu)
 
 
 def _references(
@@ -110,10 +120,11 @@ def _references(
         tag = wish.tags[0].glob if wish.tags else None
         return [Reference(repository=wish.repository, tag=tag, digest=wish.digest)]
     tags = wish.select(listing) if wish.needs_listing else tuple(p.glob for p in wish.tags)
-    if len(tags) > limits.tags_per_wish:
+    # Each platform of a tag is an image as large as any other.
+    if len(tags) * max(1, len(wish.platforms)) > limits.tags_per_wish:
         error = WishlistError(
-            f"{wish.text} matches {len(tags)} tags, more than the {limits.tags_per_wish} that the operator allows: "
-            f"narrow the pattern or add `newest: N`"
+            f"{wish.text} matches {len(tags)} tags{_each(wish)}, more than the {limits.tags_per_wish} that "
+            f"the operator allows: narrow the pattern or add `newest: N`"
         )
         unresolved.append(Unresolved(repository=wish.repository, reference=None, error=error))
         return []
@@ -121,6 +132,10 @@ def _references(
         error = WishlistError(f"{wish.text} matches none of the tags that {wish.repository} has")
         unresolved.append(Unresolved(repository=wish.repository, reference=None, error=error))
     return [Reference(repository=wish.repository, tag=tag) for tag in tags]
+
+
+def _each(wish: Wish) -> str:
+    return f" for {len(wish.platforms)} platforms" if wish.platforms else ""
 
 
 def unforeseen(error: Exception) -> UnpackerError:
@@ -138,12 +153,11 @@ def _list(registry: Registry, repository: Repository) -> list[str] | UnpackerErr
         return unforeseen(error)
 
 
-def _head(registry: Registry, wanted: _Wanted) -> Pinned | Unresolved:
+def _head(registry: Registry, wanted: _Wanted) -> Descriptor | Unresolved:
     try:
-        descriptor = registry.head(wanted.reference)
+        return registry.head(wanted.reference)
     except Exception as error:  # noqa: BLE001 - one reference's failure, whatever it is, is its own
         return Unresolved(repository=wanted.reference.repository, reference=wanted.reference, error=unforeseen(error))
-    return Pinned(reference=wanted.reference, descriptor=descriptor, platform=wanted.platform, gpu=wanted.gpu)
 
 
 def fetch(pinned: Pinned, registry: Registry, limits: Limits, may_become_public: Collection[str]) -> Image:
@@ -246,23 +260,23 @@ def unreachable(resolution: Resolution) -> bool:
 
 
 def names_of(
-    wishes: Sequence[Wish], registry: Registry, executor: Executor, listed: Mapping[str, frozenset[str]]
+    wishes: Sequence[Wish], registry: Registry, executor: Executor, listed: Mapping[Repository, frozenset[str]]
 ) -> tuple[dict[str, Wish], dict[str, UnpackerError]]:
     """The public names that wishes come to, by their wish, without asking for the images; and the lists that failed.
 
     Tag lists at hand in `listed` are not asked for again.
     """
-    needed = sorted({w.repository for w in wishes if w.needs_listing and str(w.repository) not in listed})
+    needed = sorted({w.repository for w in wishes if w.needs_listing and w.repository not in listed})
     answers = dict(zip(needed, executor.map(lambda r: _list(registry, r), needed), strict=True))
     errors = {str(r): a for r, a in answers.items() if isinstance(a, UnpackerError)}
     names: dict[str, Wish] = {}
     for wish in wishes:
-        answer = answers.get(wish.repository, listed.get(str(wish.repository), frozenset()))
+        answer = answers.get(wish.repository, listed.get(wish.repository, frozenset()))
         if wish.digest is not None or not wish.needs_listing:
             references = wish.literal_references
         elif isinstance(answer, UnpackerError):
             continue
         else:
             references = tuple(Reference(repository=wish.repository, tag=tag) for tag in wish.select(answer))
-        names |= {reference.public_path: wish for reference in references}
+        names |= {path: wish for reference in references for path in wish.public_paths(reference)}
     return names, errors

@@ -12,16 +12,20 @@ import subprocess
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from unpacker import mountpoints
 from unpacker.errors import SettingsError
 from unpacker.limits import Limits
 from unpacker.reference import Repository
 
 ENVIRONMENT_PREFIX = "UNPACKER_"
+_TABLES = ("limits", "receipts", "modules")
+_DUCCS = {"jobs": "DUCC_MAX_CONCURRENT_DOWNLOADS"}
+"""Variables of DUCC that mean the same as a setting, for where that is not set."""
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -31,6 +35,7 @@ def _split(value: object) -> object:
 
 
 Names = Annotated[frozenset[str], BeforeValidator(_split)]
+Directories = Annotated[tuple[str, ...], AfterValidator(mountpoints.parse), BeforeValidator(_split)]
 
 
 class Receipts(BaseModel):
@@ -42,12 +47,23 @@ class Receipts(BaseModel):
     repository: str | None = None
 
 
+class Modules(BaseModel):
+    """`[modules]`: how users of this site run images, for `use` and `modules`."""
+
+    model_config = _STRICT
+
+    apptainer: str = Field(default="apptainer", pattern=r"^[A-Za-z0-9_./+-]+$")
+    binds: tuple[str, ...] = ()
+    gpu_options: tuple[str, ...] = ("--nv",)
+
+
 class Settings(BaseModel):
     """All settings, checked. Times in the unit that the name says."""
 
     model_config = _STRICT
 
     target: str | None = None
+    published_at: str | None = None
     state: str | None = None
     jobs: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
     wishlist_id: str | None = None
@@ -62,9 +78,15 @@ class Settings(BaseModel):
     keep_revisions_days: float = Field(default=3, ge=0)
     keys: str | None = None
     layers_view: bool = True
+    way: Literal["auto", "fast", "plain"] = "auto"
+    transaction_bytes: int = Field(default=20_000_000_000, gt=0)
+    transaction_entries: int = Field(default=200_000, gt=0)
+    notification_file: str | None = None
+    mount_points: Directories = ()
     lock_wait: float = Field(default=0, ge=0)
     limits: Limits = Limits()
     receipts: Receipts | None = None
+    modules: Modules = Modules()
 
     @property
     def state_directory(self) -> str:
@@ -86,13 +108,16 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str], config: str |
     """Merges the three sources. SettingsError names the source and the key, all wrong keys at once."""
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
+    for key, name in _DUCCS.items():
+        if environment.get(name):
+            values[key], origin[key] = environment[name], name
     path = _find(config, environment)
     if path is not None:
         for key, value in _read(path).items():
             values[key], origin[key] = value, path
     for key in Settings.model_fields:
         name = ENVIRONMENT_PREFIX + key.upper()
-        if environment.get(name) and key not in ("limits", "receipts"):
+        if environment.get(name) and key not in _TABLES:
             values[key], origin[key] = environment[name], name
     _refuse_misspelt(environment)
     for key, value in flags.items():
@@ -114,7 +139,7 @@ def _refuse_misspelt(environment: Mapping[str, str]) -> None:
     """SettingsError for a variable that sets nothing and looks as if it should. Others may have names of their own."""
     known = {ENVIRONMENT_PREFIX + key.upper(): key for key in (*Settings.model_fields, "config")}
     for name in sorted(environment):
-        if known.get(name) in ("limits", "receipts"):
+        if known.get(name) in _TABLES:
             raise SettingsError(f"{name}: [{known[name]}] can be set in unpacker.toml only")
         if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
             spellings = [each.removeprefix(ENVIRONMENT_PREFIX) for each in known]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from unpacker.record import Published, Unreadable
@@ -44,13 +44,14 @@ class Status:
 
 
 def status(
-    wishes: Iterable[Wish] | None,
+    wishes: Collection[Wish] | None,
     published: Mapping[str, Published | Unreadable],
     failures: Mapping[str, Failure],
     vanished: Mapping[str, int],
     expansions: Mapping[str, tuple[str, ...]],
 ) -> tuple[Status, ...]:
-    """Every name that is published, wished, or failing. Without a wishlist (None) nothing counts as unwished.
+    """Every name that is published, wished, or failing. Without a wishlist (None) nothing counts as unwished; with one,
+    what fails in others is left out.
 
     What a wildcard comes to is what its last run saw; a wildcard that no run has seen yet is one pending line.
     """
@@ -60,13 +61,17 @@ def status(
         names = _names(wish, expansions)
         wished |= dict.fromkeys(names)
         published_of_wish = any(_covers(wish, p) for p in published.values() if isinstance(p, Published))
-        if not names and not published_of_wish:
+        # That its tags could not be listed, or none matched, is noted by repository: one line says it, not two.
+        if not names and not published_of_wish and str(wish.repository) not in failures:
             pending.append(wish.text)
     covered = {
         path
         for path, p in published.items()
         if isinstance(p, Published) and (wishes is None or any(_covers(w, p) for w in wishes))
     }
+    if wishes is not None:
+        ours = {*published, *wished, *(str(wish.repository) for wish in wishes)}
+        failures = {name: failure for name, failure in failures.items() if name in ours}
     rows = []
     for name in sorted({*published, *wished, *pending, *failures}):
         stands = published.get(name)
@@ -92,18 +97,13 @@ def status(
 def _names(wish: Wish, expansions: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     if wish.digest is not None:
         tag = wish.tags[0].glob if wish.tags else None
-        return (Reference(repository=wish.repository, tag=tag, digest=wish.digest).public_path,)
+        return wish.public_paths(Reference(repository=wish.repository, tag=tag, digest=wish.digest))
     tags = expansions.get(wish.text, ()) if wish.needs_listing else tuple(p.glob for p in wish.tags)
-    return tuple(Reference(repository=wish.repository, tag=tag).public_path for tag in tags)
+    references = (Reference(repository=wish.repository, tag=tag) for tag in tags)
+    return tuple(path for reference in references for path in wish.public_paths(reference))
 
 
 def _covers(wish: Wish, published: Published) -> bool:
+    # One platform of several may be published that this wish does not ask for.
     reference = published.reference
-    if str(reference.repository) != str(wish.repository):
-        return False
-    if reference.tag is None:
-        return reference.digest == wish.digest
-    if wish.digest is not None or not wish.needs_listing:
-        return any(p.glob == reference.tag for p in wish.tags)
-    # `newest` depends on tags that are not known here, so it is left out: what matched once still stands for it.
-    return any(p.matches(reference.tag) for p in wish.tags) and not any(p.matches(reference.tag) for p in wish.exclude)
+    return wish.may_ask_for(reference) and published.public_path in wish.public_paths(reference)

@@ -11,6 +11,7 @@ from hashlib import file_digest
 from unpacker import listing
 from unpacker.changeset import Xattrs
 from unpacker.listing import Row
+from unpacker.multiarch import Place, leads_to
 from unpacker.publish import posix
 from unpacker.publish.layout import Layout
 from unpacker.publish.roots import FLAT
@@ -48,8 +49,11 @@ class Problem:
     what: str
 
 
-def verify(root: str, published: Iterable[Published | Unreadable], *, quick: bool) -> Iterator[Problem]:
-    """Every difference between the target at `root` and what stands published there; `quick` reads no contents.
+def verify(
+    root: str, published: Iterable[Published | Unreadable], *, quick: bool, unlisted: str | None = None
+) -> Iterator[Problem]:
+    """Every difference between the target at `root` and what stands published there; `quick` reads no contents. Files
+    called `unlisted` are the target's own, and in no listing.
 
     A root of several names is compared once, a difference reported for each of its names. PublishError if the target
     itself cannot be read.
@@ -59,13 +63,15 @@ def verify(root: str, published: Iterable[Published | Unreadable], *, quick: boo
     for value in published:
         if isinstance(value, Unreadable):
             yield Problem(public_path=value.public_path, path="", what=value.problem)
+        elif value.place is Place.FRONT:
+            yield from _verify_link(layout, value)
         else:
             names.setdefault(value.root, []).append(value)
     contents = _Contents()
     for records in names.values():
         for record in records:
             yield from _verify_link(layout, record)
-        for path, what in _verify_root(layout, records[0], None if quick else contents):
+        for path, what in _verify_root(layout, records[0], None if quick else contents, unlisted):
             for record in records:
                 yield Problem(public_path=record.public_path, path=path, what=what)
 
@@ -76,7 +82,7 @@ def _verify_link(layout: Layout, record: Published) -> Iterator[Problem]:
         found = layout.link_root(name)
         if found is None:
             what = "it has no public link"
-        elif found != record.root:
+        elif not leads_to(record.root, found, name):
             what = f"its public link leads to {found or 'nowhere: it is no link'}, the record names {record.root}"
         elif not os.path.exists(f"{layout.path}/{name}"):
             what = f"dangling link: {record.root} does not exist"
@@ -87,8 +93,10 @@ def _verify_link(layout: Layout, record: Published) -> Iterator[Problem]:
     yield Problem(public_path=name, path="", what=what)
 
 
-def _verify_root(layout: Layout, record: Published, contents: _Contents | None) -> Iterator[tuple[str, str]]:
-    if not record.root.startswith(f"{FLAT}/"):
+def _verify_root(
+    layout: Layout, record: Published, contents: _Contents | None, unlisted: str | None
+) -> Iterator[tuple[str, str]]:
+    if not record.root.startswith(f"{FLAT}/") and not record.is_adopted:
         yield "", f"the record names {record.root}, which is no root"
         return
     try:
@@ -98,6 +106,9 @@ def _verify_root(layout: Layout, record: Published, contents: _Contents | None) 
         return
     except OSError as error:
         raise posix.failure(error, f"opening {record.root} in {layout.path}") from error
+    if record.is_adopted:
+        os.close(root_fd)  # Nobody listed what was in it when another tool made it.
+        return
     with posix.Descent(root_fd) as at:
         try:
             data = layout.listing(record)
@@ -109,7 +120,8 @@ def _verify_root(layout: Layout, record: Published, contents: _Contents | None) 
         rows = 0
         unreadable = "\0"
         try:
-            for row, found in _pairs(listing.read(data), posix.walk(at)):
+            there = (one for one in posix.walk(at) if unlisted is None or one.path.rpartition("/")[2] != unlisted)
+            for row, found in _pairs(listing.read(data), there):
                 rows += row is not None
                 if found is not None and found.problem:
                     unreadable = f"{found.path}/"

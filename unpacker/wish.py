@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from unpacker import tags as tag_rules
 from unpacker.digest import Digest
 from unpacker.document import Findings, Scalar, shown
+from unpacker.multiarch import Place, public_path
 from unpacker.oci import LINUX_AMD64, Platform
 from unpacker.reference import Reference, Repository, TagPattern, split
 
@@ -16,8 +17,9 @@ from unpacker.reference import Reference, Repository, TagPattern, split
 class Wish:
     """A repository, the rule that selects its tags (or a digest), options, and where in the file it stands.
 
-    `tags` is empty only for a wish by digest alone; with `repository:tag@digest` it is that one tag. `text` is the
-    image as written, for reports.
+    `tags` is empty only for a wish by digest alone; with `repository:tag@digest` it is that one tag. `platforms` is
+    empty where one image is wished; else all that are, side by side, and `platform` is the first of them. `text` is
+    the image as written, for reports.
     """
 
     repository: Repository
@@ -27,6 +29,7 @@ class Wish:
     versions: str | None = None
     newest: int | None = None
     platform: Platform = LINUX_AMD64
+    platforms: tuple[Platform, ...] = ()
     gpu: bool = False
     line: int = 0
     column: int = 0
@@ -60,6 +63,30 @@ class Wish:
         return tuple(Reference(repository=self.repository, tag=tag, digest=self.digest) for tag in literals)
 
     @property
+    def places(self) -> tuple[tuple[Place, Platform], ...]:
+        """What each reference becomes: one name, or one for each platform and then the one before them all."""
+        if not self.platforms:
+            return ((Place.PLAIN, self.platform),)
+        return (*((Place.PLATFORM, platform) for platform in self.platforms), (Place.FRONT, self.platform))
+
+    def public_paths(self, reference: Reference) -> tuple[str, ...]:
+        """All names that one reference of this wish becomes."""
+        return tuple(public_path(reference.public_path, place, platform) for place, platform in self.places)
+
+    def may_ask_for(self, reference: Reference) -> bool:
+        """Whether this wish chooses a reference, as far as that is known without its repository's tags: what is pushed
+        out of the `newest` by others is asked for all the same."""
+        if str(reference.repository) != str(self.repository):
+            return False
+        if reference.tag is None:
+            return reference.digest == self.digest
+        if self.digest is not None or not self.needs_listing:
+            return any(p.glob == reference.tag for p in self.tags)
+        return any(p.matches(reference.tag) for p in self.tags) and not any(
+            p.matches(reference.tag) for p in self.exclude
+        )
+
+    @property
     def meaning(self) -> Wish:
         """This wish without what does not change what is wished: place, spelling, order and repetition of patterns."""
         return replace(
@@ -67,6 +94,10 @@ class Wish:
             tags=tuple(sorted(set(self.tags), key=str)),
             exclude=tuple(sorted(set(self.exclude), key=str)),
             platform=self.platform.normal,
+            # Which one is the first matters, the order of the others does not.
+            platforms=tuple(
+                p.normal for p in sorted(self.platforms, key=lambda p: (p != self.platform, str(p.normal)))
+            ),
             line=0,
             column=0,
             text="",

@@ -9,7 +9,7 @@
         exclude: ["*-rc*", "*-dev"]
         versions: ">=24.2,<26"
         newest: 5
-        platform: linux/amd64
+        platforms: [linux/amd64, linux/arm64/v8]
         gpu: true
 
 Every fault of a file is found at once and names its place; an entry with a fault is no wish and stops no other. Anyone
@@ -37,12 +37,13 @@ __all__ = ["Fault", "Wish", "Wishlist", "parse"]
 
 PATTERNS_LIMIT = 200
 """Of the entries of one `tags` or `exclude`: matching costs their number times the tags of the repository."""
+PLATFORMS_LIMIT = 20
 _COMPARED = 10
 """So many exclusions are compared with the tags named in full: a courtesy, not worth quadratic time."""
 
 _TOP_KEYS = ("version", "defaults", "images")
-_DEFAULT_KEYS = ("platform", "gpu")
-_IMAGE_KEYS = ("image", "tags", "exclude", "versions", "newest", "platform", "gpu")
+_DEFAULT_KEYS = ("platform", "platforms", "gpu")
+_IMAGE_KEYS = ("image", "tags", "exclude", "versions", "newest", "platform", "platforms", "gpu")
 _CHOOSING_KEYS = ("tags", "exclude", "versions", "newest")
 _OPERATORS_WORD = re.compile(
     r"(?<![a-z])(target|publisher?|cvmfs|repo(sitory)?|root|path|dir(ectory)?|dest(ination)?|state|credential|user(name)?|"
@@ -140,6 +141,7 @@ def _version(root: Mapping, findings: Findings) -> int:
 @dataclass(frozen=True, slots=True)
 class _Defaults:
     platform: Platform
+    platforms: tuple[Platform, ...] = ()
     gpu: bool = False
     is_sound: bool = True
     """If not, no wish may take its platform from here: another than meant would be published."""
@@ -181,9 +183,9 @@ def _read_defaults(node: Node | None, platform: Platform, findings: Findings) ->
         return replace(defaults, is_sound=False)
     before = findings.count
     _unknown_keys(node, _DEFAULT_KEYS, "defaults", findings)
-    platform = _value(node, "platform", _platform, findings) or platform
+    chosen = _read_platforms(node, findings) or (platform, ())
     gpu = _value(node, "gpu", _flag, findings) or False
-    return _Defaults(platform, gpu, is_sound=findings.count == before and not node.faults)
+    return _Defaults(*chosen, gpu, is_sound=findings.count == before and not node.faults)
 
 
 def _read_entry(node: Node, defaults: _Defaults, findings: Findings) -> Wish | None:
@@ -191,7 +193,7 @@ def _read_entry(node: Node, defaults: _Defaults, findings: Findings) -> Wish | N
         findings.fault(node, "a list within the list of images (expected an image, or keys with image: among them)")
         return None
     before = findings.count
-    platform, gpu = None, None
+    chosen, gpu = None, None
     if isinstance(node, Scalar):
         wish = _read_name(node, findings)
         if wish is not None and not wish.tags and wish.digest is None:
@@ -199,13 +201,15 @@ def _read_entry(node: Node, defaults: _Defaults, findings: Findings) -> Wish | N
     else:
         _unknown_keys(node, _IMAGE_KEYS, "an image", findings)
         wish = _read_mapping(node, findings)
-        platform = _value(node, "platform", _platform, findings)
+        chosen = _read_platforms(node, findings)
         gpu = _value(node, "gpu", _flag, findings)
-    if wish is None or findings.count > before or node.faults or (platform is None and not defaults.is_sound):
+    if wish is None or findings.count > before or node.faults or (chosen is None and not defaults.is_sound):
         return None
+    platform, platforms = chosen or (defaults.platform, defaults.platforms)
     return replace(
         wish,
-        platform=platform or defaults.platform,
+        platform=platform,
+        platforms=platforms,
         gpu=defaults.gpu if gpu is None else gpu,
         line=node.line,
         column=node.column,
@@ -341,6 +345,39 @@ def _platform(node: Node, findings: Findings) -> Platform | None:
     except ValueError as error:
         findings.fault(node, str(error))
         return None
+
+
+def _platforms(node: Node, findings: Findings) -> tuple[Platform, ...] | None:
+    if not isinstance(node, Sequence) or not node.items:
+        findings.fault(node, "platforms is a list of them (expected for example [linux/amd64, linux/arm64])")
+        return None
+    if len(node.items) > PLATFORMS_LIMIT:
+        findings.fault(node, f"{len(node.items):,} platforms, more than {PLATFORMS_LIMIT}")
+        return None
+    before = findings.count
+    found: dict[Platform, Platform] = {}
+    for item in node.items:
+        platform = _platform(item, findings)
+        if platform is None:
+            continue
+        if platform.os != "linux":
+            findings.fault(item, f"{platform} cannot stand among several platforms, which are all of linux")
+        elif platform.normal in found:
+            findings.fault(item, f"{platform} is the same platform as {found[platform.normal]} before it")
+        found[platform.normal] = platform
+    return tuple(found.values()) if findings.count == before else None
+
+
+def _read_platforms(node: Mapping, findings: Findings) -> tuple[Platform, tuple[Platform, ...]] | None:
+    """The one platform, or the first one and all of them, that a mapping asks for; None if it does not."""
+    platform = _value(node, "platform", _platform, findings)
+    platforms = _value(node, "platforms", _platforms, findings)
+    both = next((key for key, _ in node.entries if key.text == "platforms" and node.get("platform") is not None), None)
+    if both is not None:
+        findings.fault(both, "platform and platforms besides (write all under platforms, or one under platform)")
+    if platforms:
+        return platforms[0], platforms
+    return None if platform is None else (platform, ())
 
 
 def _flag(node: Node, findings: Findings) -> bool | None:

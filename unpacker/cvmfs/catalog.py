@@ -270,10 +270,18 @@ class Catalog:
         """Forgets the nested catalog mounted at a path."""
         self._do("DELETE FROM nested_catalogs WHERE path = CAST(? AS TEXT)", (_bytes(path),))
 
-    def succeed(self, previous: ContentHash, *, revision: int, last_modified: int) -> None:
-        """Makes this the next revision of the catalog that was stored as `previous`."""
+    def succeed(self, previous: ContentHash | None, *, revision: int, last_modified: int) -> None:
+        """Makes this the next revision of the catalog that was stored as `previous`.
+
+        That is None for a nested catalog: its former one goes with the revisions that had it, and a stratum 1, which
+        passes over root catalogs that were collected, stops at a nested one that is named and not there.
+        """
         self.previous, self.revision, self.last_modified = previous, revision, last_modified
-        values = {"revision": str(revision), "last_modified": str(last_modified), "previous_revision": previous.hex}
+        values = {"revision": str(revision), "last_modified": str(last_modified)}
+        if previous is None:
+            self._do("DELETE FROM properties WHERE key = 'previous_revision'")
+        else:
+            values["previous_revision"] = previous.hex
         for name, value in values.items():
             self._do("INSERT OR REPLACE INTO properties (key, value) VALUES (?, ?)", (name, value))
 
@@ -395,7 +403,8 @@ class Catalog:
 
 def _connection() -> sqlite3.Connection:
     """A database in memory, without a journal (a failed edit is thrown away whole), with every unused byte a zero."""
-    connection = sqlite3.connect(":memory:", isolation_level=None)
+    # Threads may take turns with a catalog, never use it together.
+    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")  # the first of all, or it does nothing
     connection.execute("PRAGMA secure_delete = ON")
     connection.execute("PRAGMA journal_mode = OFF")

@@ -22,7 +22,7 @@ THRESHOLD = 0xFFFFFFFF // AVERAGE
 _MIDDLE = 0x7FFFFFFF
 _WINDOW = 1 << 18
 _REACH = 31
-_LOW_BIT = bytes(value & 1 for value in range(256))
+_LOW_BITS = int.from_bytes(b"\1" * (_WINDOW + _REACH), "little")
 _JUST_BELOW = b"\0" + b"\1" * 22
 _JUST_ABOVE = b"\1" + b"\0" * 22
 
@@ -56,7 +56,7 @@ def first_cut(data: bytes | bytearray) -> int:
 
 
 def _first_hit(data: bytes | bytearray) -> int | None:
-    """The first position from the 32nd on that the rule hits.
+    """The first position from the 32nd on that the rule hits, in a window and what it reaches back to.
 
     Python has no time to look at each byte. But bits 7 to 31 of x are, for all positions, one stream of bits: bit j
     of x at i is y[i-j], where y[t] = XOR over m < 8 of bit m of byte[t+m]. One large number makes all of y at once, a
@@ -66,7 +66,7 @@ def _first_hit(data: bytes | bytearray) -> int | None:
     number ^= number >> 9
     number ^= number >> 18
     number ^= number >> 36
-    bits = number.to_bytes(len(data), "little").translate(_LOW_BIT)
+    bits = (number & _LOW_BITS).to_bytes(len(data), "little")
     below, above = bits.find(_JUST_BELOW), bits.find(_JUST_ABOVE)
     while below >= 0 or above >= 0:
         if above < 0 or 0 <= below < above:

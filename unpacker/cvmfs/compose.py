@@ -95,7 +95,7 @@ def compose(tree: Tree, path: str, objects: ObjectStore | ObjectBatch, compositi
     altered: Counter[str] = Counter()
     mounts: dict[bytes, Mount] = {}
     top = _bytes(path)
-    for cut in (*cuts(_sizes(tree.root), smallest=composition.smallest, largest=composition.largest), ""):
+    for cut in (*cuts(sizes(tree.root), smallest=composition.smallest, largest=composition.largest), ""):
         at = top + b"/" + _bytes(cut) if cut else top
         directory = _directory(tree.root, cut)
         mounts[at] = _Writing(at, directory, empty, mounts, altered, composition).store(objects)
@@ -239,7 +239,7 @@ class _Writing:
         return cast(_N, node._replace(xattrs=xattrs))
 
 
-def _sizes(root: Directory) -> Iterator[tuple[str, int]]:
+def sizes(root: Directory) -> Iterator[tuple[str, int]]:
     """The directories that can be cut off, with the number of names in each, a directory before those in it."""
     pending = [("", root)]
     while pending:

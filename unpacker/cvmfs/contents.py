@@ -24,8 +24,8 @@ from unpacker.cvmfs.hash import ContentHash
 from unpacker.cvmfs.known import MINIMUM as KNOWN_MINIMUM
 from unpacker.cvmfs.known import Known, KnownContents
 from unpacker.cvmfs.objects import CHUNK, ObjectBatch, ObjectStore
-from unpacker.digest import Stream
-from unpacker.errors import IntegrityError, PublishError
+from unpacker.digest import Stream, exactly
+from unpacker.errors import PublishError
 
 _CHUNKED = 64
 _UNCOMPRESSED = 1 << 11
@@ -129,6 +129,10 @@ class RepositoryContents:
         return ContentsLocator(self.objects.root, self._compression, self.objects.algorithm, self._index)
 
     @property
+    def wants_threads(self) -> bool:
+        return True  # Compressing is most of the work, and leaves the interpreter to others.
+
+    @property
     def empty(self) -> str:
         """The token of the empty file, which every repository has."""
         return Content(ContentHash.of(deflation.EMPTY, self.objects.algorithm)).token
@@ -227,7 +231,7 @@ class ContentsBatch:
             if size > chunks.MINIMUM:
                 token = self._put_large(stream, size)
             else:
-                data = _exactly(stream, size)
+                data = exactly(stream, size)
                 token = f"z:{self._store(data, '').hex}"
         except PublishError as error:
             raise PublishError(f"storing {hint.path!r}: {error}") from error
@@ -259,20 +263,6 @@ class ContentsBatch:
         name = self._objects.put(stored, suffix)
         self.learned[content] = Known(name.digest, len(stored))
         return name
-
-
-def _exactly(stream: Stream, size: int) -> bytes:
-    data = stream.read(size) if size else b""
-    if len(data) == size:
-        return data
-    found, got = [data], len(data)
-    while got < size:
-        data = stream.read(size - got)
-        if not data:
-            raise IntegrityError(f"a file of {size} bytes ended after {got}")
-        found.append(data)
-        got += len(data)
-    return b"".join(found)
 
 
 class _Bytes:

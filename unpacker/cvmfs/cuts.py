@@ -8,6 +8,10 @@ SMALLEST = 1_000
 LARGEST = 100_000
 """Rows of a catalog below and above which clients waste requests, or time and memory."""
 
+FULL = 5_000
+"""Rows of a catalog on the way to images from which on every directory made in it becomes a catalog of its own: what is
+in them does not make it grow any more, though their names do, for which there is no help."""
+
 _BARELY = 10
 """Where no piece of the smallest size is left to cut, pieces this many times smaller are better than no cut."""
 
@@ -57,6 +61,9 @@ def fans_out(path: str) -> bool:
         return len(names) <= 2
     if names[0] == ".metadata":
         names = names[1:]
+        # The index, which changes with every revision, as all above it does.
+        if names == ["published"]:
+            return False
     if names[:1] == [".multiarch"]:
         names = names[2:]
     elif names[:1] and names[0].startswith("."):

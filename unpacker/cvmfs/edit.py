@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from unpacker.cvmfs.catalog import Catalog, Nested
 from unpacker.cvmfs.compose import Composition, Mount, marker
 from unpacker.cvmfs.counters import NOTHING, Counters, Tally
-from unpacker.cvmfs.cuts import fans_out
+from unpacker.cvmfs.cuts import FULL, fans_out
 from unpacker.cvmfs.deflation import EMPTY
 from unpacker.cvmfs.hash import ContentHash
 from unpacker.cvmfs.objects import ObjectBatch, ObjectStore
@@ -73,24 +73,40 @@ def edit(
     base: str = "",
     catalogs: Callable[[str], bool] = fans_out,
     batch: ObjectBatch | None = None,
+    stamps: Mapping[str, Change] | None = None,
+    full: int = FULL,
 ) -> Edited:
     """The root catalog in which every path of `changes` stands as it says. Their order means nothing.
 
     Missing directories on the way are made; those for which `catalogs` is true (by their path relative to `base`, where
-    images go) as nested catalogs. Such a directory that a removal left empty goes too. PublishError, with nothing of
+    images go) as nested catalogs, and so those in a catalog that has `full` rows. A directory of the first kind that a
+    removal left empty goes too. PublishError, with nothing of
     it visible, for the removal of what is not there, a way through what is no directory, and catalogs that this
     version must not edit. Paths are absolute; one change below another that is not of a directory is a ValueError.
-    What is stored goes into `batch`, after what is in it already, else into one of its own.
+    What is stored goes into `batch`, after what is in it already, else into one of its own. `stamps` are changes that
+    come along with others, and are none by themselves.
     """
-    _check(changes)
+    _check({**changes, **(stamps or {})})
     if batch is None:
         with objects.batch() as own:
-            return edit(objects, root, changes, composition, base=base, catalogs=catalogs, batch=own)
-    work = _Edit(objects, batch, root, composition, base, catalogs)
+            return edit(
+                objects,
+                root,
+                changes,
+                composition,
+                base=base,
+                catalogs=catalogs,
+                batch=own,
+                stamps=stamps,
+                full=full,
+            )
+    work = _Edit(objects, batch, root, composition, base, catalogs, full)
     try:
         for path in sorted(changes, key=lambda path: (changes[path] is not None, path)):
             work.change(path, changes[path])
         work.finish()
+        for path, change in (stamps or {}).items() if work.is_changed else ():
+            work.change(path, change)
         return work.commit()
     finally:
         work.close()
@@ -128,12 +144,14 @@ class _Edit:
         composition: Composition,
         base: str,
         catalogs: Callable[[str], bool],
+        full: int,
     ) -> None:
         self._objects = objects
         self._batch = batch
         self._composition = composition
         self._base = base
         self._is_catalog = catalogs
+        self._full = full
         self._open: dict[str, _Open] = {}
         self._places: dict[str, _Open] = {}
         self._left: set[str] = set()
@@ -144,6 +162,11 @@ class _Edit:
     def close(self) -> None:
         for place in self._open.values():
             place.catalog.close()
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether anything differs from what was there."""
+        return any(place.changed for place in self._open.values())
 
     # What is asked for -----------------------------------------------------------------------------------------------
 
@@ -195,9 +218,8 @@ class _Edit:
                 continue
             catalog = place.catalog
             if place.stored is not None:
-                catalog.succeed(
-                    place.stored, revision=catalog.revision + 1, last_modified=self._composition.last_modified
-                )
+                previous = place.stored if place.above is None else None
+                catalog.succeed(previous, revision=catalog.revision + 1, last_modified=self._composition.last_modified)
             data = catalog.serialise()
             hash = self._batch.put(self._composition.compress(data), "C")
             written += 1
@@ -291,7 +313,8 @@ class _Edit:
             node = _new_directory(self._composition, (above.uid, above.gid))
         row = _directory_row(path, node)
         relative = self._relative(path)
-        if not relative or not self._is_catalog(relative):
+        is_full = place.catalog.counters.own.entries >= self._full
+        if not relative or not (is_full or self._is_catalog(relative)):
             place.catalog.put(path, row)
             place.count(tally(row, 0))
             self._touch(path, 1)

@@ -9,13 +9,16 @@ take a catalog that is there for proof that all below it is.
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from unpacker.cvmfs import files, objects, reflog
 from unpacker.cvmfs.catalog import REVISION, Catalog
 from unpacker.cvmfs.hash import ContentHash
+from unpacker.cvmfs.history import PREVIOUS, TRUNK
 from unpacker.cvmfs.manifest import Manifest
 from unpacker.cvmfs.reflog import Kind, Ref, Reflog
 from unpacker.cvmfs.repository import CATALOG_LIMIT, Repository
@@ -23,6 +26,11 @@ from unpacker.cvmfs.scrub import SCRATCH, listed, parse_name
 from unpacker.cvmfs.transaction import transaction
 from unpacker.errors import PublishError
 from unpacker.publish import posix
+
+STATUS = ".cvmfs_status.json"
+"""What the official tools note of a repository for whoever asks."""
+
+_STATUS_LIMIT = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +63,57 @@ def collect(
             # A power failure must not bring catalogs back whose files are gone.
             repository.sync()
             _delete(path for path, is_catalog in plan.garbage if not is_catalog)
+            _note_collection(repository, now)
         except OSError as error:
             raise posix.failure(error, f"deleting garbage of {repository.name}") from error
     return plan.collected
+
+
+def weigh(repository: Repository, paths: Collection[str]) -> int:
+    """The bytes on disk of all objects to which in the published revision, and in those that an operator's tags name,
+    only what is at these paths leads: they are free once the revisions are collected that have these paths."""
+    if not paths:
+        return 0
+    base = repository.manifest()
+    tags = repository.history(base).tags()
+    kept = _reach(repository, [tag.root for tag in tags if tag.name not in (TRUNK, PREVIOUS)])
+    gone: list[ContentHash] = []
+    pending = [base.root]
+    while pending:
+        name = pending.pop()
+        if name.digest in kept.catalogs:
+            continue
+        kept.catalogs.add(name.digest)
+        with _opened(repository, name) as catalog:
+            kept.digests.add(name.digest)
+            kept.digests.update(catalog.digests())
+            for path, nested in catalog.all_nested().items():
+                # A layer's directory is no catalog, but what is in it is.
+                is_below = path in paths or path.rpartition("/")[0] in paths
+                (gone if is_below else pending).append(nested.hash)
+    alone = _lost(repository, gone, kept)
+    return sum(_size(path) for path, digest, _ in _stored(repository) if digest in alone)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path, follow_symlinks=False).st_blocks * 512
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise posix.failure(error, f"looking at {path}") from error
+
+
+def _note_collection(repository: Repository, now: float) -> None:
+    """Says when it was, where the official tools say and look (some collect by themselves after a while)."""
+    try:
+        value = json.loads(files.read(f"{repository.directory}/{STATUS}", _STATUS_LIMIT))
+    except (FileNotFoundError, ValueError, RecursionError):
+        value = {}
+    moment = time.asctime(time.gmtime(now)).split()
+    known = value if isinstance(value, dict) else {}
+    known["last_gc"] = " ".join((*moment[:4], "UTC", moment[4]))
+    repository.write(STATUS, json.dumps(known, indent=2).encode("utf-8") + b"\n")
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from unpacker.publish import posix
 
 _BITS = 2048
 _LIMIT = 1 << 16
+_TRIAL = b"whether this key signs"
 _CERTIFICATE_DAYS = 365
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _NAME_LIMIT = 60
@@ -172,11 +173,17 @@ class RepositoryKey:
     @classmethod
     def open(cls, directory: str, name: str) -> RepositoryKey:
         """From `<name>.key` and `<name>.crt`, which must be a pair."""
-        key = _private(f"{directory}/{name}.key", "the repository key, which signs what is published")
+        path = f"{directory}/{name}.key"
+        key = _private(path, "the repository key, which signs what is published", is_tried=True)
         certificate = Certificate.open(directory, name)
         if certificate.key.public_numbers() != key.public_key().public_numbers():
-            raise PublishError(f"{directory}/{name}.key and {name}.crt are no pair: clients would refuse what it signs")
-        return cls(certificate, key)
+            raise PublishError(f"{path} and {name}.crt are no pair: clients would refuse what it signs")
+        opened = cls(certificate, key)
+        try:
+            certificate.key.verify(opened.sign(_TRIAL), _TRIAL, padding.PKCS1v15(), hashes.SHA1())
+        except (InvalidSignature, ValueError):
+            raise PublishError(f"{path} is damaged, clients would refuse what it signs: restore it") from None
+        return opened
 
     def sign(self, text: bytes) -> bytes:
         return self._key.sign(text, padding.PKCS1v15(), hashes.SHA1())
@@ -229,10 +236,12 @@ def _certificate(directory: str, name: str, now: int) -> bytes:
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-def _private(path: str, what: str) -> rsa.RSAPrivateKey:
+def _private(path: str, what: str, *, is_tried: bool = False) -> rsa.RSAPrivateKey:
+    """A private key from its file. `is_tried` where the caller tries it at once: that takes a millisecond, where
+    OpenSSL's own tests of the numbers take most of the time of a small publish."""
     data = _read(path, what)
     try:
-        key = serialization.load_pem_private_key(data, password=None)
+        key = serialization.load_pem_private_key(data, password=None, unsafe_skip_rsa_key_validation=is_tried)
     except TypeError:
         raise PublishError(
             f"{path} is encrypted with a passphrase, which nobody is there to type: decrypt it"

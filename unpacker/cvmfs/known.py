@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from unpacker.errors import PublishError
 
-MINIMUM = 8 << 10
+MINIMUM = 16 << 10
 """Smaller contents are compressed in about the time that looking them up would take, and are most of the files."""
 
 

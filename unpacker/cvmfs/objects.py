@@ -10,6 +10,7 @@ import errno
 import itertools
 import os
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,7 @@ _LISTED_PER_NAME = 600
 """A directory is listed if it has no more bytes than this for each name that is looked for: an entry takes 50 or so,
 and asking for a single one as much time as listing ten."""
 
+_MODE = 0o644
 _DATA = "data/"
 _TEMPORARY = "unpacker-"
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -231,6 +233,7 @@ class ObjectBatch:
         self._count = itertools.count()
         # Final name → temporary name, both below data/. Threads meet in single operations on it only.
         self._fresh: dict[str, str] = {}
+        self._is_born_public = False
 
     def put(self, stored: bytes, suffix: str = "") -> ContentHash:
         """Stores these bytes as they are, unless the repository has them."""
@@ -267,10 +270,13 @@ class ObjectBatch:
         return own.st_size == size
 
     def _write(self, temporary: str, stored: bytes) -> None:
-        fd = os.open(temporary, posix.CREATE_FLAGS, 0o644, dir_fd=self._fd)
+        fd = os.open(temporary, posix.CREATE_FLAGS, _MODE, dir_fd=self._fd)
         try:
             posix.write_all(fd, stored)
-            os.fchmod(fd, 0o644)  # Whatever the umask.
+            if not self._is_born_public:
+                # Umask and ACLs are the same for all files of a batch: the first one tells.
+                self._is_born_public = stat.S_IMODE(os.fstat(fd).st_mode) == _MODE
+                os.fchmod(fd, _MODE)
         except BaseException:
             self._unlink(temporary)
             raise

@@ -22,7 +22,7 @@ from unpacker.cvmfs import spool as spools
 from unpacker.cvmfs import whitelist as whitelists
 from unpacker.cvmfs.catalog import Catalog
 from unpacker.cvmfs.counters import Counters, Tally
-from unpacker.cvmfs.deflation import COMPRESSIONS, compressor
+from unpacker.cvmfs.deflation import COMPRESSIONS, check_zlib, compressor
 from unpacker.cvmfs.hash import ALGORITHMS, ContentHash
 from unpacker.cvmfs.history import History, Tag
 from unpacker.cvmfs.keys import Certificate, MasterKey, PublicKey, RepositoryKey
@@ -47,6 +47,9 @@ CATALOG_LIMIT = 1 << 30
 _CERTIFICATE_LIMIT = 1 << 16
 _DAYS_LIMIT = 3650
 _SETTINGS_VERSION = 1
+_COMPRESSED_AGAIN = {objects.CERTIFICATE, objects.META_INFO}
+"""What a stratum 1 does not copy but compresses anew, under the name that it has here: made by anything but zlib, it is
+a damaged object there, and no client accepts what the certificate signed."""
 _OWN = {SETTINGS, LOCK, "data", whitelists.FILE, reflog.FILE, REPLICABLE}
 """What an unfinished `create` may have left."""
 
@@ -87,19 +90,24 @@ class Repository:
         compression: str = "dense",
         hash: str = "sha1",
         days: int = whitelists.DAYS,
+        info: bytes | None = None,
         now: int,
     ) -> Repository:
         """An empty repository that stock clients mount, with keys (made if there are none) in `keys_directory`.
 
+        `info` is its meta info, which clients show: a JSON object, of which the official tools know the keys
+        administrator, email, organisation, description, url, recommended-stratum0, recommended-stratum1s and custom.
         Killed anywhere, the same call goes on; where a repository stands already, or anything else, it is an error.
         """
         keys.check_name(name)
         _check_days(days)
+        _check_info(info)
         if compression not in COMPRESSIONS or hash not in ALGORITHMS:
             raise SettingsError(f"compression is one of {', '.join(COMPRESSIONS)}; hash one of {', '.join(ALGORITHMS)}")
         keys_directory = keys_directory or keys.default_directory(directory)
         keys.check_outside(keys_directory, directory)
         compressor(compression)
+        check_zlib()
         try:
             ContentHash.of(b"", hash)
         except ValueError:
@@ -119,7 +127,7 @@ class Repository:
                     key=RepositoryKey.open(keys_directory, name),
                     spool=None,
                 )
-                repository._found(keys_directory, days, now)
+                repository._found(keys_directory, days, info, now)
         except OSError as error:
             raise posix.failure(error, f"making a repository in {directory}") from error
         return repository
@@ -255,9 +263,10 @@ class Repository:
 
     def store(self, data: bytes, suffix: str) -> ContentHash:
         """Stores an object that is no file's content: those are always compressed."""
-        return self.objects.put(compressor(self.compression)(data), suffix)
+        compression = "stock" if suffix in _COMPRESSED_AGAIN else self.compression
+        return self.objects.put(compressor(compression)(data), suffix)
 
-    def _found(self, keys_directory: str, days: int, now: int) -> None:
+    def _found(self, keys_directory: str, days: int, info: bytes | None, now: int) -> None:
         """Writes everything that a repository has, the manifest last."""
         assert self.key is not None
         certificate = self.key.certificate
@@ -273,14 +282,16 @@ class Repository:
         head = Tag(name="", root=root, root_size=len(data), revision=1, timestamp=now)
         stored_history = self.store(History.create(self.name).advanced(head).data, objects.HISTORY)
         stored_certificate = self.store(certificate.pem, objects.CERTIFICATE)
+        stored_info = None if info is None else self.store(info, objects.META_INFO)
         self.sync()
-        log = Reflog.create(self.name).with_refs(
-            (
-                Ref(root, Kind.CATALOG, now),
-                Ref(stored_certificate, Kind.CERTIFICATE, now),
-                Ref(stored_history, Kind.HISTORY, now),
-            )
-        )
+        refs = [
+            Ref(root, Kind.CATALOG, now),
+            Ref(stored_certificate, Kind.CERTIFICATE, now),
+            Ref(stored_history, Kind.HISTORY, now),
+        ]
+        if stored_info is not None:
+            refs.append(Ref(stored_info, Kind.META_INFO, now))
+        log = Reflog.create(self.name).with_refs(refs)
         self.write(reflog.FILE, log.data)
         first = Manifest(
             name=self.name,
@@ -290,6 +301,7 @@ class Repository:
             published=now,
             certificate=stored_certificate,
             history=stored_history,
+            meta_info=stored_info,
             reflog=log.checksum(self.algorithm),
         )
         self.write(manifest.FILE, first.sealed(self.key))
@@ -344,6 +356,17 @@ def _check_vacant(directory: str) -> None:
 def _check_days(days: int) -> None:
     if not 1 <= days <= _DAYS_LIMIT:
         raise SettingsError(f"a whitelist is good for 1 to {_DAYS_LIMIT} days, not for {days}")
+
+
+def _check_info(info: bytes | None) -> None:
+    if info is None:
+        return
+    try:
+        is_object = isinstance(json.loads(info), dict)
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"the meta info of a repository is JSON, but: {error}") from None
+    if not is_object or len(info) > LIMIT:
+        raise SettingsError(f"the meta info of a repository is one JSON object of at most {LIMIT} bytes")
 
 
 def _settings(directory: str) -> tuple[str, str] | None:

@@ -50,7 +50,7 @@ class Spool:
         Another repository of the same name does not count. A replica is a PublishError: the next snapshot would undo
         what is published there.
         """
-        settings = _shell_settings(f"{configuration}/{name}/server.conf")
+        settings = shell_settings(f"{configuration}/{name}/server.conf")
         if settings is None:
             return cls(f"{spools}/{name}") if os.path.isdir(f"{spools}/{name}") else None
         kind, _, rest = settings.get("CVMFS_UPSTREAM_STORAGE", "").partition(",")
@@ -77,12 +77,21 @@ class Spool:
                 stack.callback(self._lower_flag)
                 left = max(0.0, deadline - time.monotonic())
                 stack.enter_context(exclusive(publishing, f"publishing by cvmfs_server in {self.path}", left))
-                # Unlinked before it is let go, as they do: a file of root's would lock its owner out.
+                # Unlinked before it is let go, as they do.
                 stack.callback(_remove, publishing)
-                _give_away(publishing, self.path)
             except OSError as error:
                 raise posix.failure(error, f"locking {self.path} against cvmfs_server") from error
             yield
+
+    def clear_left_over(self) -> None:
+        """Takes the flag away that a killed process of ours left. The caller holds our own lock of the repository."""
+        try:
+            if self._is_left_over():
+                os.unlink(self._flag)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise posix.failure(error, f"removing {self._flag}") from error
 
     def check_held(self) -> None:
         """PublishError if somebody took our flag away, which allows others in."""
@@ -172,7 +181,7 @@ def _give_away(path: str, directory: str) -> None:
         os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
-def _shell_settings(path: str) -> dict[str, str] | None:
+def shell_settings(path: str) -> dict[str, str] | None:
     """The plain assignments of a shell file; None if it is not there."""
     try:
         text = files.read(path, _LIMIT).decode("utf-8", "surrogateescape")

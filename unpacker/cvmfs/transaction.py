@@ -88,7 +88,9 @@ class Transaction:
         if self.base.history is not None:
             history = history.following(self.base.history)
         stored_history = repository.store(history.data, objects.HISTORY)
-        certificate = repository.store(self._key.certificate.pem, objects.CERTIFICATE)
+        certificate = self.base.certificate
+        if repository.objects.read(certificate, objects.CERTIFICATE) != self._key.certificate.pem:
+            certificate = repository.store(self._key.certificate.pem, objects.CERTIFICATE)
         refs = [Ref(root, Kind.CATALOG, now), Ref(stored_history, Kind.HISTORY, now)]
         refs.append(Ref(certificate, Kind.CERTIFICATE, now))
         if self.base.meta_info is not None:

@@ -14,6 +14,7 @@ from unpacker.publish.layout import LOCK, OURS, POOL, ROOTS, TRASH, TXN, Layout
 from unpacker.publish.pool import ContentPool
 from unpacker.publish.roots import FLAT, METADATA, root_path
 from unpacker.publish.transaction import DirectoryTransaction
+from unpacker.publish.view import DirectoryView
 from unpacker.record import Published, Unreadable
 
 
@@ -30,7 +31,16 @@ class DirectoryPublisher:
         self._in_transaction = False
 
     @property
+    def marker(self) -> str | None:
+        """What files in roots are called that are the target's own, and no part of an image."""
+        return None
+
+    @property
     def wants_layers(self) -> bool:
+        return False
+
+    @property
+    def fills_in_variables(self) -> bool:
         return False
 
     @property
@@ -136,6 +146,10 @@ class DirectoryPublisher:
         except OSError as error:
             raise posix.failure(error, f"reading what is published in {self.path}") from error
 
+    def view(self) -> DirectoryView:
+        """What stands there now, another tool's things included."""
+        return DirectoryView(self.path)
+
     def root(self, image_id: str, rules: str) -> str | None:
         """The complete root of this image composed under these rules, if the target has one that is sound."""
         try:
@@ -144,8 +158,19 @@ class DirectoryPublisher:
             raise posix.failure(error, f"looking for the root of {image_id} in {self.path}") from error
 
     def room(self, size: int, entries: int) -> None:
-        """Raises PublishError if the file system cannot take this many bytes and inodes more, with some to spare."""
+        """NoRoom if the file system cannot take this many bytes and inodes more, with some to spare."""
         posix.check_room(self.path, size, entries)
+
+    def reclaim(self) -> None:
+        """Deletes pooled contents that no root has. What is remembered of their layers is then not believed."""
+        try:
+            for group in self.layout.names(POOL):
+                for name in self.layout.names(f"{POOL}/{group}"):
+                    path = f"{self.path}/{POOL}/{group}/{name}"
+                    if os.stat(path, follow_symlinks=False).st_nlink == 1:
+                        os.unlink(path)
+        except OSError as error:
+            raise posix.failure(error, f"freeing room in {self.path}") from error
 
     def concerns(self) -> tuple[str, ...]:
         return ()
@@ -164,23 +189,33 @@ class DirectoryPublisher:
     @contextmanager
     def transaction(self, message: str) -> Iterator[DirectoryTransaction]:
         """Exclusive change in preparation; leaving cleanly publishes all of it, by exception nothing."""
-        with self.lock():
+        with self._alone(message):
+            with self._failures(f"opening a transaction on {self.path} ({message})"):
+                transaction = DirectoryTransaction(self.layout, dict(self.published()), self._made)
+            try:
+                yield transaction
+                with self._failures(f"publishing in {self.path} ({message})"):
+                    transaction.commit()
+            finally:
+                transaction.close()
+
+    @contextmanager
+    def _alone(self, message: str, wait: float = 0) -> Iterator[None]:
+        """The lock, and no other transaction of this run."""
+        with self.lock(wait):
             with self._guard:
                 if self._in_transaction:
                     raise PublishError(f"a transaction of this run on {self.path} is open already ({message})")
                 self._in_transaction = True
             try:
-                try:
-                    transaction = DirectoryTransaction(self.layout, dict(self.published()), self._made)
-                except OSError as error:
-                    raise posix.failure(error, f"opening a transaction on {self.path} ({message})") from error
-                try:
-                    yield transaction
-                    try:
-                        transaction.commit()
-                    except OSError as error:
-                        raise posix.failure(error, f"publishing in {self.path} ({message})") from error
-                finally:
-                    transaction.close()
+                yield
             finally:
                 self._in_transaction = False
+
+    @staticmethod
+    @contextmanager
+    def _failures(doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise posix.failure(error, doing) from error

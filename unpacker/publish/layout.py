@@ -2,6 +2,8 @@
 
     <root>/<registry>/<repository>:<tag>              the public name, a relative symlink to a root
     <root>/.metadata/<registry>/<repository>:<tag>/   record.json, manifest.json, listing.zst
+    <root>/.multiarch/<arch[:variant]>/<registry>/…   names of one platform of several; their records are below
+                                                      .metadata/.multiarch/<arch[:variant]>/
     <root>/.metadata/unreferenced.json                when roots lost their last name
     <root>/.flat/<id[:2]>/<id>[-<n>]/                 roots
     <root>/.unpacker/                                 ours alone: lock, pool/, txn/, trash/, roots/<id>[-<n>].{json,zst}
@@ -15,15 +17,18 @@ import errno
 import os
 import posixpath
 import secrets
+import stat
 from collections.abc import Iterator
 
 from unpacker.digest import Digest
+from unpacker.multiarch import MULTIARCH, leads_to
 from unpacker.publish import posix
 from unpacker.publish.roots import (
     FLAT,
     METADATA,
     UNREFERENCED,
     RootFacts,
+    foreign,
     is_public_name,
     may_be_registry,
     names_of,
@@ -89,11 +94,11 @@ class Layout:
     def public_names(self) -> Iterator[str]:
         """Every name that could be a public path, `<registry>/<name…>:<tag>`, whatever stands there. Other names, such
         as an operator's own symlinks, are not ours."""
-        return (path for path, _ in self._walk("") if is_public_name(path))
+        return (path for path, into in self._walk("") if not into and is_public_name(path))
 
     def records(self) -> list[str]:
         """The public path of everything that may be a record, whether or not its name is published."""
-        return [path for path, _ in self._walk(METADATA) if is_public_name(path)]
+        return [path for path, into in self._walk(METADATA) if not into and is_public_name(path)]
 
     def empty_directories(self) -> list[str]:
         """Directories on the way to names and to records that have nothing in them."""
@@ -102,16 +107,21 @@ class Layout:
         return [path for path in paths if not self.names(path)]
 
     def _walk(self, place: str) -> Iterator[tuple[str, bool]]:
-        """What is below the registries in `place`, down to names, and whether it is a directory on the way to one."""
+        """What is below the registries in `place`, down to names, and whether it is a directory on the way to one; then
+        the same of each platform."""
+        yield from self._walk_registries(place)
+        for entry in self._entries(f"{place}/{MULTIARCH}"):
+            if entry.name[0] != "." and entry.is_dir(follow_symlinks=False):
+                platform = f"{MULTIARCH}/{entry.name}"
+                yield platform, True
+                for path, into in self._walk_registries(f"{place}/{platform}"):
+                    yield f"{platform}/{path}", into
+
+    def _walk_registries(self, place: str) -> Iterator[tuple[str, bool]]:
         pending = [""]
         while pending:
             directory = pending.pop()
-            try:
-                with os.scandir(f"{self.path}/{place}/{directory}") as found:
-                    entries = list(found)
-            except FileNotFoundError:
-                continue  # Its last name was removed meanwhile.
-            for entry in entries:
+            for entry in self._entries(f"{place}/{directory}"):
                 path = f"{directory}/{entry.name}" if directory else entry.name
                 if entry.name[0] == "." or not (directory or may_be_registry(path)):
                     continue
@@ -119,6 +129,14 @@ class Layout:
                 if into:
                     pending.append(path)
                 yield path, into
+
+    def _entries(self, directory: str) -> list[os.DirEntry[str]]:
+        """What is in a directory; nothing if its last name was removed meanwhile."""
+        try:
+            with os.scandir(f"{self.path}/{directory}") as found:
+                return list(found)
+        except FileNotFoundError:
+            return []
 
     def link_root(self, public_path: str) -> str | None:
         """The path below the target that a public link leads to; None without a link, "" where something else is."""
@@ -132,6 +150,18 @@ class Layout:
             raise
         return posixpath.normpath(posixpath.join(posixpath.dirname(public_path), target))
 
+    def obstacle(self, public_path: str) -> str | None:
+        """What keeps a public link from being made: the first of the names on the way to it that is no directory."""
+        path = ""
+        for name in public_path.split("/")[:-1]:
+            path = posixpath.join(path, name)
+            try:
+                if not stat.S_ISDIR(os.lstat(f"{self.path}/{path}").st_mode):
+                    return path
+            except FileNotFoundError:
+                return None
+        return None
+
     def in_force(self, public_path: str) -> Published | Unreadable | None:
         """What stands published under a name: of its record and the one that this replaces, that to which the link
         leads. None without a link, whatever record an interrupted run left."""
@@ -140,11 +170,13 @@ class Layout:
             root = self.link_root(public_path)
             if root is None:
                 return None
-            found = self._record(public_path) if root else "a directory or file stands where its link belongs"
+            if not root:
+                return foreign(public_path, self.path)
+            found = self._record(public_path)
             if isinstance(found, Published):
-                if found.root == root:
+                if leads_to(found.root, root, public_path):
                     return found
-                if found.replaces is not None and found.replaces.root == root:
+                if found.replaces is not None and leads_to(found.replaces.root, root, public_path):
                     return found.replaces
                 found = f"its link leads to {root}, its record names {found.root}"
             problem = found

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from unpacker.changeset import Kind, Xattrs
 from unpacker.digest import Stream
-from unpacker.errors import IntegrityError, PublishError
+from unpacker.errors import IntegrityError, NoRoom, PublishError
 from unpacker.tree import Directory, File, Node, Special, Symlink, Tree
 
 PIECE = 1 << 20
@@ -52,7 +52,8 @@ def failure(error: OSError, doing: str) -> PublishError:
     """The PublishError for a system call that failed while `doing`: what the kernel said, and what to do now."""
     name = f" ({os.fspath(error.filename)!r})" if isinstance(error.filename, str | bytes) else ""
     advice = _ADVICE.get(error.errno or 0)
-    return PublishError(f"{doing}: {error.strerror or error}{name}{'; ' + advice if advice else ''}")
+    kind = NoRoom if error.errno in (errno.ENOSPC, errno.EDQUOT) else PublishError
+    return kind(f"{doing}: {error.strerror or error}{name}{'; ' + advice if advice else ''}")
 
 
 def keeps_owners() -> bool:
@@ -81,7 +82,7 @@ def syncfs(fd: int) -> None:
 
 
 def check_room(path: str, size: int, inodes: int) -> None:
-    """Raises PublishError if the file system of `path` cannot take this many bytes and inodes more, with some to
+    """NoRoom if the file system of `path` cannot take this many bytes and inodes more, with some to
     spare."""
     place = path
     while not os.path.exists(place):
@@ -92,13 +93,13 @@ def check_room(path: str, size: int, inodes: int) -> None:
         raise failure(error, f"asking for the free space of {path}") from error
     free = now.f_bavail * now.f_frsize
     if free < size + _SPARE_BYTES:
-        raise PublishError(
+        raise NoRoom(
             f"no room in {path}: {(size + _SPARE_BYTES) / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
             "free space (unpacker gc may help) or enlarge the file system"
         )
     # Some file systems (btrfs) make inodes as they need them, and say that they have none.
     if now.f_files and now.f_favail < inodes + _SPARE_INODES:
-        raise PublishError(
+        raise NoRoom(
             f"no room in {path}: {inodes + _SPARE_INODES:,} inodes needed, {now.f_favail:,} free; "
             "remove files (unpacker gc may help) or make a file system with more inodes"
         )
@@ -224,9 +225,10 @@ def write_pieces(fd: int, pieces: Iterator[bytes]) -> None:
     os.ftruncate(fd, size)
 
 
-def pieces(stream: Stream, size: int) -> Iterator[bytes]:
-    """Exactly `size` bytes of a stream, in pieces; IntegrityError if it ends before."""
-    left = size
+def pieces(stream: Stream, size: int, taken: int = 0) -> Iterator[bytes]:
+    """Exactly `size` bytes of a stream, those `taken` from it before not again, in pieces; IntegrityError if it ends
+    before."""
+    left = size - taken
     while left:
         piece = stream.read(min(left, PIECE))
         if not piece:

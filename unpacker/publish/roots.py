@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from unpacker.digest import Digest
+from unpacker.errors import PublishError
 from unpacker.record import Published, Unreadable
 
 FLAT = ".flat"
@@ -39,14 +40,8 @@ class RootFacts:
 
     def completed(self, record: Published, root: str, before: Published | Unreadable | None) -> Published:
         """The record of a name that stands for this root at `root`, and stood for `before`."""
-        return replace(
-            record,
-            root=root,
-            entries=self.entries,
-            size=self.size,
-            altered=self.altered,
-            replaces=replace(before, replaces=None) if isinstance(before, Published) else None,
-        )
+        completed = replace(record, root=root, entries=self.entries, size=self.size, altered=self.altered)
+        return completed.succeeding(before)
 
     def serialise(self) -> bytes:
         return (json.dumps(asdict(self), indent=1) + "\n").encode("ascii")
@@ -67,6 +62,18 @@ class RootFacts:
             )
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not the facts of a root: {type(error).__name__} {error}") from None
+
+
+def foreign(public_path: str, place: str = "") -> Unreadable:
+    """What stands under a public name of the target at `place`, and is no symlink."""
+    problem = f"{place}/{public_path} is no symlink, so it is none of ours and stays as it is: move it away, and the "
+    return Unreadable(public_path, f"{problem}next run publishes the name", is_foreign=True)
+
+
+def refuse_foreign(standing: Published | Unreadable | None) -> None:
+    """PublishError if a name is not ours to change."""
+    if isinstance(standing, Unreadable) and standing.is_foreign:
+        raise PublishError(standing.problem)
 
 
 def root_path(name: str) -> str:

@@ -1,6 +1,7 @@
 """One revision of a native repository as a target: what stands published in it, which roots it has, its notes.
 
-Names are read from the links in the catalogs and compared with the index, so that what other tools changed shows.
+Where others published since we did, names are read from the links in the catalogs and compared with the index, so that
+what they changed shows.
 """
 
 from __future__ import annotations
@@ -13,15 +14,30 @@ from unpacker import logs
 from unpacker.cvmfs.contents import RepositoryContents
 from unpacker.cvmfs.reader import Found, Reader
 from unpacker.cvmfs.row import SYMLINK, content_of
+from unpacker.digest import Digest
 from unpacker.errors import PublishError
+from unpacker.multiarch import MULTIARCH, Place
 from unpacker.publish import index as indexes
-from unpacker.publish.index import Index, Line
-from unpacker.publish.roots import METADATA, RootFacts, is_public_name, layer_path, may_be_registry, names_of, root_path
+from unpacker.publish.index import Index, Line, Part, number_for, number_of
+from unpacker.publish.roots import (
+    METADATA,
+    RootFacts,
+    foreign,
+    is_public_name,
+    layer_path,
+    may_be_registry,
+    names_of,
+    root_path,
+)
 from unpacker.record import Published, Unreadable
 
 log = logs.Log()
 
+Parsed = dict[tuple[str, bytes], Published | Unreadable]
+"""What lines of an index say, by the name and the record as it is written."""
+
 _FILE_LIMIT = 64 << 20
+_NO_RECORD = "it has no record (published by another tool?)"
 
 
 class Snapshot:
@@ -40,29 +56,95 @@ class Snapshot:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._reader.close()
 
+    # The index -------------------------------------------------------------------------------------------------------
+
+    @property
+    def revision(self) -> int:
+        return self._reader.root.revision
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the index says exactly what the links say, so that nobody need look at them."""
+        return self.index.revision == self.revision
+
+    def part(self, number: str) -> Part:
+        """One part of the index."""
+        try:
+            return self.index.part(number)
+        except ValueError as error:
+            self._mend(error)
+            return self.index.part(number)
+
+    def parts(self) -> list[Part]:
+        """The whole index."""
+        try:
+            return list(self.index.parts())
+        except ValueError as error:
+            self._mend(error)
+            return list(self.index.parts())
+
+    def facts(self, name: str) -> RootFacts | None:
+        """What is known of a root; None if it is not ours."""
+        number = number_of(root_path(name))
+        return None if number is None else self.part(number).facts(name)
+
     # Names -----------------------------------------------------------------------------------------------------------
 
-    def published(self, parsed: dict[bytes, Published | Unreadable]) -> Mapping[str, Published | Unreadable]:
+    def published(self, parsed: Parsed) -> Mapping[str, Published | Unreadable]:
         """What stands published. `parsed` remembers what lines of the index say, and is left with those of this
         revision."""
-        found: dict[str, Published | Unreadable] = {}
-        lines: dict[bytes, Published | Unreadable] = {}
-        for path, root in sorted(self._links()):
-            line = self.index.names.get(path)
-            value = None if line is None else parsed.get(line.record)
-            found[path] = self._judged(path, root, line, value)
-            if line is not None and (value := found[path]) and isinstance(value, Published):
-                lines[line.record] = value
+        parts = self.parts()
+        records: Parsed = {}
+        for part in parts:
+            fresh = {path: line for path, line in part.names.items() if (path, line.record) not in parsed}
+            known = indexes.parse_records(fresh)
+            for path, line in part.names.items():
+                key = (path, line.record)
+                records[key] = known[path] if path in known else parsed[key]
         parsed.clear()
-        parsed.update(lines)
-        return found
+        parsed.update(records)
+        if self.is_settled:
+            found = {path: records[path, line.record] for part in parts for path, line in part.names.items()}
+            found.update((path, self._judged(path, root, None)) for path, root in self.index.others.items())
+            return dict(sorted(found.items()))
+        lines: dict[str, dict[str, Line]] = {}
+        for part in parts:
+            for path, line in part.names.items():
+                lines.setdefault(path, {})[line.root] = line
+        judged = {}
+        for path, root in sorted(self.links()):
+            by_root = lines.get(path, {})
+            standing = by_root.get(root) or next(iter(by_root.values()), None)
+            record = None if standing is None else records[path, standing.record]
+            judged[path] = self._judged(path, root, standing, record)
+        return judged
 
     def get(self, public_path: str) -> Published | Unreadable | None:
         """What stands published under one name."""
+        root = self.link(public_path)
+        return None if root is None else self._judged(public_path, root, self._line(public_path, root))
+
+    def link(self, public_path: str) -> str | None:
+        """The path of the root that a public link leads to; "" where something else stands, None where nothing does."""
         found = self._reader.lookup(f"/{public_path}")
-        if found is None:
-            return None
-        return self._judged(public_path, _target(public_path, found), self.index.names.get(public_path))
+        return None if found is None else _target(public_path, found)
+
+    def links(self) -> Iterator[tuple[str, str]]:
+        """Every public name and the path of the root that its link leads to, "" where no link stands."""
+        platforms = [p.path for p in self._reader.children(f"/{MULTIARCH}") if p.row.is_directory]
+        tops = {"", *platforms}
+        pending = ["", *platforms]
+        while pending:
+            directory = pending.pop()
+            for found in self._reader.children(directory):
+                path = found.path[1:]
+                name = posixpath.basename(path)
+                if name.startswith(".") or not (directory not in tops or may_be_registry(name)):
+                    continue
+                if directory not in tops and is_public_name(path):
+                    yield path, _target(path, found)
+                elif found.row.is_directory:
+                    pending.append(found.path)
 
     def has(self, path: str) -> bool:
         """Whether there is anything under a path below the target."""
@@ -78,68 +160,92 @@ class Snapshot:
             if found.row.flags & SYMLINK:
                 yield found.path[1:], found.row.symlink
 
+    def _line(self, path: str, root: str) -> Line | None:
+        line = self.part(number_for(path, root)).names.get(path)
+        if line is not None or self.is_settled:
+            return line
+        return next((part.names[path] for part in self.parts() if path in part.names), None)
+
     @staticmethod
     def _judged(
         path: str, root: str, line: Line | None, parsed: Published | Unreadable | None = None
     ) -> Published | Unreadable:
         if not root:
-            return Unreadable(path, "a directory or file stands where its link belongs")
+            return foreign(path)
         if line is None:
-            return Unreadable(path, "it has no record (published by another tool?)")
+            return Unreadable(path, _NO_RECORD)
         if line.root != root:
             return Unreadable(path, f"its link leads to {root}, its record names {line.root}")
         return indexes.parse_record(path, line.record) if parsed is None else parsed
-
-    def _links(self) -> Iterator[tuple[str, str]]:
-        """Every public name and the path of the root that its link leads to, "" where no link stands."""
-        pending = [""]
-        while pending:
-            directory = pending.pop()
-            for found in self._reader.children(directory):
-                path = found.path[1:]
-                name = posixpath.basename(path)
-                if name.startswith(".") or not (directory or may_be_registry(name)):
-                    continue
-                if is_public_name(path):
-                    yield path, _target(path, found)
-                elif found.row.is_directory:
-                    pending.append(found.path)
 
     # Roots and files -------------------------------------------------------------------------------------------------
 
     def root(self, image_id: str, rules: str) -> str | None:
         """The name of a sound root of this image composed under these rules."""
-        for name in names_of(image_id, self.index.roots):
-            facts = self.facts(name)
+        part = self.part(Digest.parse(image_id).hex[:2])
+        for name in names_of(image_id, part.roots):
+            facts = part.facts(name)
             if facts is not None and (facts.rules, facts.damaged) == (rules, False) and self.has(root_path(name)):
                 return name
         return None
 
-    def facts(self, name: str) -> RootFacts | None:
-        """What is known of a root; None if it is not ours."""
-        return self.index.facts(name)
+    def token(self, path: str) -> str | None:
+        """The token of a file below the target, if there is one."""
+        found = self._file(path)
+        return None if found is None else content_of(found.row, found.chunks).token
 
     def file(self, path: str, limit: int = _FILE_LIMIT) -> bytes | None:
         """The bytes of a file below the target, if there is one."""
-        found = self._reader.lookup(f"/{path}")
-        if found is None or found.row.is_directory or found.row.flags & SYMLINK:
+        found = self._file(path)
+        if found is None:
             return None
         if found.row.size > limit:
             raise PublishError(f"{path} of {self._what} has {found.row.size} bytes, more than the {limit} that it may")
-        with self._contents.open(content_of(found.row, found.chunks).token) as stream:
+        return self._bytes(content_of(found.row, found.chunks).token)
+
+    def _file(self, path: str) -> Found | None:
+        found = self._reader.lookup(f"/{path}")
+        return None if found is None or found.row.is_directory or found.row.flags & SYMLINK else found
+
+    def _bytes(self, token: str) -> bytes:
+        with self._contents.open(token) as stream:
             parts = []
             while part := stream.read(1 << 20):
                 parts.append(part)
         return b"".join(parts)
 
+    # Reading the index -----------------------------------------------------------------------------------------------
+
     def _read_index(self) -> Index:
-        data = self.file(indexes.FILE, indexes.LIMIT)
-        if data is not None:
-            try:
-                return Index.parse(data, f"{indexes.FILE} of {self._what}")
-            except ValueError as error:
-                log.warning("index of published names damaged, read anew from records", what=self._what, why=str(error))
+        try:
+            # Where there is one of the old version, that version was the last to publish here.
+            old = self.file(indexes.OLD, indexes.LIMIT)
+            if old is not None:
+                return Index(0, {}, indexes.parse_old(old, f"{indexes.OLD} of {self._what}"))
+            head = self.file(f"{indexes.DIRECTORY}/{indexes.HEAD}")
+            if head is not None:
+                return self._stored_index(indexes.parse_head(head, f"{indexes.DIRECTORY} of {self._what}"))
+        except ValueError as error:
+            self._warn(error)
         return self._rebuilt()
+
+    def _stored_index(self, revision: int) -> Index:
+        tokens: dict[str, str] = {}
+        for found in self._reader.children(f"/{indexes.DIRECTORY}"):
+            if not found.row.is_directory and not found.row.flags & SYMLINK and found.row.size <= indexes.LIMIT:
+                tokens[posixpath.basename(found.path)] = content_of(found.row, found.chunks).token
+
+        def read(name: str) -> bytes | None:
+            return self._bytes(tokens[name]) if name in tokens else None
+
+        return Index(revision, indexes.parse_others(read(indexes.OTHERS) or b""), {}, read)
+
+    def _mend(self, error: ValueError) -> None:
+        self._warn(error)
+        self.index = self._rebuilt()
+
+    def _warn(self, error: ValueError) -> None:
+        log.warning("index of published names damaged, read anew from records", what=self._what, why=str(error))
 
     def _rebuilt(self) -> Index:
         """The index from the records of single names: somebody took it away. Roots that no name has are not known to
@@ -147,11 +253,13 @@ class Snapshot:
         names: dict[str, Line] = {}
         roots: dict[str, bytes] = {}
         layers: set[str] = set()
-        for path, root in self._links():
+        for path, root in self.links():
             data = self.file(f"{METADATA}/{path}/record.json") if root else None
             record = None if data is None else indexes.parse_record(path, data)
             if isinstance(record, Published):
                 names[path] = indexes.name_line(record)
+                if record.place is Place.FRONT:
+                    continue
                 facts = RootFacts(
                     image_id=record.image_id,
                     rules=record.rules,
@@ -164,7 +272,7 @@ class Snapshot:
                 layers.update(
                     hexadecimal for digest in record.layers if self.has(layer_path(hexadecimal := digest[7:]))
                 )
-        return Index(names, roots, frozenset(layers))
+        return Index(0, {}, indexes.parts_of(names, roots, layers))
 
 
 def _target(public_path: str, found: Found) -> str:

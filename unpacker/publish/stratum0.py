@@ -18,13 +18,25 @@ from unpacker.errors import PublishError
 from unpacker.limits import Limits
 from unpacker.publish import posix
 from unpacker.publish.index import Index
+from unpacker.publish.repository_view import RepositoryView
 from unpacker.publish.roots import METADATA, root_path
-from unpacker.publish.snapshot import Snapshot
+from unpacker.publish.snapshot import Parsed, Snapshot
 from unpacker.publish.stratum0_transaction import Stratum0Transaction
 from unpacker.record import Published, Unreadable
 
 SOON = 10
 """Days before the whitelist expires from which on that is worth a warning."""
+
+
+def whitelist_concerns(name: str, left: int, resign: str) -> tuple[str, ...]:
+    """What to say of a whitelist that expires in so many days; `resign` is the command that renews it."""
+    if left > SOON:
+        return ()
+    when = f"expires in {left} days" if left > 0 else "expires today" if left == 0 else "has expired"
+    return (
+        f"the whitelist of {name} {when}, and clients mount no repository without a valid one: "
+        f"run {resign} where the master key is",
+    )
 
 
 class Stratum0Publisher:
@@ -62,7 +74,7 @@ class Stratum0Publisher:
         self._made: set[str] = set()
         self._in_transaction = False
         self._known: tuple[str, Index] | None = None
-        self._parsed: dict[bytes, Published | Unreadable] = {}
+        self._parsed: Parsed = {}
 
     @property
     def keeps_owners(self) -> bool:
@@ -72,6 +84,10 @@ class Stratum0Publisher:
     @property
     def wants_layers(self) -> bool:
         return self._layers_view
+
+    @property
+    def fills_in_variables(self) -> bool:
+        return True
 
     @property
     def repository(self) -> Repository:
@@ -89,19 +105,16 @@ class Stratum0Publisher:
                 self._contents = RepositoryContents(repository.objects, repository.compression, self._index)
             return self._contents
 
+    def reclaim(self) -> None:
+        """Nothing: which objects are garbage is for `gc` to find out."""
+
     def concerns(self) -> tuple[str, ...]:
         """What an operator should know before it is too late."""
         try:
             left = self.repository.days_left(int(self._clock()))
-        except PublishError as error:
-            return (str(error),)
-        if left > SOON:
-            return ()
-        when = f"expires in {left} days" if left > 0 else "expires today" if left == 0 else "has expired"
-        return (
-            f"the whitelist of {self.repository.name} {when}, and clients mount no repository without a valid one: "
-            f"run unpacker resign stratum0:{self.path} where the master key is",
-        )
+        except PublishError:
+            return ()  # said by whatever is to be done with the repository
+        return whitelist_concerns(self.repository.name, left, f"unpacker resign stratum0:{self.path}")
 
     # The lock --------------------------------------------------------------------------------------------------------
 
@@ -161,6 +174,11 @@ class Stratum0Publisher:
         no published name."""
         with self.snapshot() as found:
             return found.published(self._parsed)
+
+    def view(self) -> RepositoryView:
+        """What stands there now, another tool's things included."""
+        repository = self.repository
+        return RepositoryView(Reader(repository.objects, repository.manifest().root), self.contents)
 
     def root(self, image_id: str, rules: str) -> str | None:
         """The complete root of this image composed under these rules, if the target has one that is sound."""

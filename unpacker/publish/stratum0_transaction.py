@@ -13,23 +13,24 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from io import BytesIO
+from zlib import crc32
 
-from unpacker.changeset import Entry, Kind
+from unpacker import multiarch
 from unpacker.contracts import Release, Stacked
 from unpacker.cvmfs.compose import Composed, Composition, Mount, compose
-from unpacker.cvmfs.contents import ContentsBatch, RepositoryContents
+from unpacker.cvmfs.contents import Content, Piece, RepositoryContents
 from unpacker.cvmfs.deflation import compressor
 from unpacker.cvmfs.edit import Change, Edited, edit
 from unpacker.cvmfs.hash import ContentHash
-from unpacker.cvmfs.objects import ObjectBatch
+from unpacker.cvmfs.objects import CHUNK, ObjectBatch
 from unpacker.cvmfs.repository import Repository
 from unpacker.digest import Digest
 from unpacker.errors import PublishError
 from unpacker.layersview import layer_tree
 from unpacker.limits import Limits
+from unpacker.multiarch import MULTIARCH, Place
 from unpacker.publish import index as indexes
-from unpacker.publish.index import Index, Line, name_line, root_line
+from unpacker.publish.indexing import NextIndex, head_file
 from unpacker.publish.roots import (
     FLAT,
     METADATA,
@@ -39,6 +40,7 @@ from unpacker.publish.roots import (
     is_note,
     layer_path,
     parse_unreferenced,
+    refuse_foreign,
     root_path,
     serialise_unreferenced,
 )
@@ -47,6 +49,11 @@ from unpacker.record import Published, Unreadable
 from unpacker.tree import Directory, File, Symlink, Tree
 
 _SHOWN = 3
+
+_LONG = 1 << 18
+"""Bytes from which on a text is cut into pieces."""
+_LINES = 200
+"""How many lines a piece has on average."""
 
 
 class Stratum0Transaction:
@@ -79,7 +86,7 @@ class Stratum0Transaction:
         self._fresh: dict[tuple[str, str], str] = {}
         self._facts: dict[str, RootFacts] = {}
         self._mounts: dict[str, Mount] = {}
-        self._layers: set[str] = set()
+        self._layers: dict[str, str] = {}
         self._records: dict[str, tuple[Published, bytes]] = {}
         self._removed: dict[str, int] = {}
         self._dropped: list[str] = []
@@ -102,6 +109,9 @@ class Stratum0Transaction:
         record = release.record
         key = (record.image_id, record.rules)
         before = self._before.get(record.public_path)
+        refuse_foreign(before)
+        if release.adopted is not None:
+            return self._adopt(release, release.adopted)
         name = self._fresh.get(key) or self._before.root(*key)
         is_older = name is not None and key not in self._fresh and name not in self._made_before
         if name is not None and is_older and release.tree is not None and _stands_for(before, name):
@@ -117,6 +127,20 @@ class Stratum0Transaction:
         if found is None:
             raise PublishError(f"nothing is known of {root_path(name)} in {self._repository.name} any more; run again")
         completed = found.completed(record, root_path(name), before)
+        self._records[record.public_path] = (completed, release.image.manifest.raw)
+        self._removed.pop(record.public_path, None)
+        return completed
+
+    def _adopt(self, release: Release, root: str) -> Published:
+        """Takes over a root that another tool made. Nothing of it is changed, nor read."""
+        record, name = release.record, posixpath.basename(root)
+        facts = RootFacts(image_id=record.image_id, rules=record.rules, entries=0, size=0, layers=record.layers)
+        if not self._before.has(root):
+            raise PublishError(f"{root} in {self._repository.name} vanished while it was being adopted; run again")
+        if root == root_path(name):
+            # With facts it is collected once nothing refers to it any more, as a root of ours.
+            self._facts[name] = facts
+        completed = facts.completed(record, root, self._before.get(record.public_path))
         self._records[record.public_path] = (completed, release.image.manifest.raw)
         self._removed.pop(record.public_path, None)
         return completed
@@ -146,7 +170,7 @@ class Stratum0Transaction:
         )
         self._mounts[root_path(name)] = composed.mount
         self._mounts.update(mounts)
-        self._layers.update(path.split("/")[2] for path in mounts)
+        self._layers.update((path.split("/")[2], name) for path in mounts)
         self._fresh[record.image_id, record.rules] = name
 
     def _taken(self, image_id: str) -> set[str]:
@@ -188,8 +212,19 @@ class Stratum0Transaction:
                 "collected as garbage?); the next run reads those layers again"
             )
 
+    def point(self, record: Published) -> Published:
+        """Publishes a front, with nothing but its record and its link."""
+        before = self._before.get(record.public_path)
+        refuse_foreign(before)
+        completed = record.succeeding(before)
+        self._records[record.public_path] = (completed, b"")
+        self._removed.pop(record.public_path, None)
+        return completed
+
     def remove(self, public_paths: Sequence[str], *, now: int) -> None:
         """Takes public names away; PublishError if one of them does not exist, and then none is taken."""
+        for path in public_paths:
+            refuse_foreign(self._before.get(path))
         standing = {path for path in public_paths if self._before.get(path) is not None}
         unknown = [path for path in public_paths if path not in standing and path not in self._records]
         if unknown:
@@ -201,7 +236,7 @@ class Stratum0Transaction:
 
     def note(self, name: str, data: bytes) -> None:
         """Writes `.metadata/<name>` with everything else."""
-        if not is_note(name) or f"{METADATA}/{name}" == indexes.FILE:
+        if not is_note(name) or f"{METADATA}/{name}" in (indexes.DIRECTORY, indexes.OLD):
             raise PublishError(f"not a name for a note: {name!r}")
         self._notes[name] = data
 
@@ -222,50 +257,73 @@ class Stratum0Transaction:
         for path, (record, manifest) in self._records.items():
             target = "../" * path.count("/") + record.root
             changes[f"/{path}"] = Symlink(0o777, 0, 0, record.published * 10**9, (), target)
-            changes[f"/{METADATA}/{path}/manifest.json"] = self._file(manifest)
-            changes[f"/{METADATA}/{path}/record.json"] = self._file(record.serialise())
+            self._put(changes, f"{METADATA}/{path}/manifest.json", manifest if manifest else None)
+            self._put(changes, f"{METADATA}/{path}/record.json", record.serialise())
+        platforms = (record.platform for record, _ in self._records.values() if record.place is Place.PLATFORM)
+        for alias, directory in multiarch.aliases({multiarch.directory(platform) for platform in platforms}).items():
+            if not self._before.has(f"{MULTIARCH}/{alias}"):
+                changes[f"/{MULTIARCH}/{alias}"] = Symlink(0o777, 0, 0, self._now * 10**9, (), directory)
         for path in self._removed:
             changes[f"/{path}"] = None
             if self._before.has(f"{METADATA}/{path}"):
                 changes[f"/{METADATA}/{path}"] = None
         for path in self._dropped:
             changes[f"/{path}"] = None
-        changes[f"/{UNREFERENCED}"] = self._file(serialise_unreferenced(self._now_unreferenced()))
-        changes[f"/{indexes.FILE}"] = self._file(self._index().serialise())
+        index, unreferenced = self._index()
+        self._put(changes, UNREFERENCED, serialise_unreferenced(unreferenced))
+        for path, data in index.files().items():
+            self._put(changes, path, data)
         for name, data in self._notes.items():
-            changes[f"/{METADATA}/{name}"] = self._file(data)
+            self._put(changes, f"{METADATA}/{name}", data)
+        if not changes:
+            return None
+        head: dict[str, Change] = {}
+        self._put(head, *head_file(self._before.revision + 1))
         composition = Composition(last_modified=self._now, compress=self._compress)
-        edited = edit(self._repository.objects, self._root, changes, composition, batch=self._batch)
+        edited = edit(self._repository.objects, self._root, changes, composition, batch=self._batch, stamps=head)
         return edited if edited.written else None
 
-    def _file(self, data: bytes) -> File:
-        hint = Entry("", Kind.FILE, size=len(data))
-        batch = ContentsBatch(self._batch, self._compress, self._repository.algorithm)
-        return File(0o644, 0, 0, self._now * 10**9, (), len(data), batch.put(BytesIO(data), len(data), hint))
+    def _put(self, changes: dict[str, Change], path: str, data: bytes | None) -> None:
+        """Makes a file hold this, or takes it away; nothing, not even its time, changes in one that holds it."""
+        before = self._before.token(path)
+        if data is None:
+            if before is not None:
+                changes[f"/{path}"] = None
+            return
+        pieces = _pieces(data)
+        if len(pieces) == 1:
+            token = Content(self._batch.put(self._compress(data))).token
+        else:
+            stored = (Piece(self._batch.put(self._compress(piece), CHUNK), len(piece)) for piece in pieces)
+            token = Content(None, tuple(stored)).token
+        if token != before:
+            changes[f"/{path}"] = File(0o644, 0, 0, self._now * 10**9, (), len(data), token)
 
-    def _index(self) -> Index:
-        before = self._before.index
-        names: dict[str, Line] = {path: line for path, line in before.names.items() if path not in self._removed}
-        names.update((path, name_line(record)) for path, (record, _) in self._records.items())
-        gone = {posixpath.basename(path) for path in self._dropped}
-        roots = {name: line for name, line in before.roots.items() if name not in gone}
-        roots.update((name, root_line(facts)) for name, facts in self._facts.items())
-        return Index(names, roots, (before.layers | self._layers) - gone)
-
-    def _now_unreferenced(self) -> dict[str, int]:
-        """When each root lost its last name: what was recorded, and what this transaction takes the last name from."""
-        recorded = self.recorded() if self._unreferenced is None else self._unreferenced
-        names = self._before.index.names
-        after = {path: line.root for path, line in names.items() if path not in self._removed}
-        after.update((path, record.root) for path, (record, _) in self._records.items())
-        named = set(after.values())
+    def _index(self) -> tuple[NextIndex, dict[str, int]]:
+        """The index after this, and when each root lost its last name: what was recorded, and what this transaction
+        takes the last name from."""
+        index = NextIndex(self._before)
         lost: dict[str, int] = {}
-        for path in (*self._removed, *self._records):
-            line = names.get(path)
-            if line is not None and line.root not in named:
-                time = self._removed[path] if path in self._removed else self._records[path][0].published
-                lost[line.root] = max(time, lost.get(line.root, time))
-        return {root: time for root, time in recorded.items() if root not in named} | lost
+        for path, time in self._removed.items():
+            root = index.forget_name(path)
+            if root is not None:
+                lost[root] = max(time, lost.get(root, time))
+        for record, _ in self._records.values():
+            root = index.set_name(record)
+            if root is not None:
+                lost[root] = max(record.published, lost.get(root, record.published))
+        for name, facts in self._facts.items():
+            index.set_root(name, facts)
+        for layer, name in self._layers.items():
+            index.add_layer(layer, name)
+        for path in self._dropped:
+            index.drop(path)
+        times = self.recorded() if self._unreferenced is None else self._unreferenced
+        named = {record.root for record, _ in self._records.values()}
+        kept = {root: time for root, time in times.items() if root not in named}
+        # A front is known to lead to a name, which is no root.
+        roots = {root: time for root, time in lost.items() if root.startswith(f"{FLAT}/")}
+        return index, kept | {root: time for root, time in roots.items() if not index.has_name(root)}
 
     def recorded(self) -> dict[str, int]:
         """When roots lost their last name, as recorded. Damaged counts as empty: then roots without a name get the
@@ -294,3 +352,18 @@ def _created(text: str) -> int:
         return max(0, int(datetime.fromisoformat(text).timestamp()))
     except (ValueError, OverflowError, OSError):
         return 0
+
+
+def _pieces(data: bytes) -> list[bytes]:
+    """A text in pieces of some 30 kB, cut where the lines say so: where little of a long one changes, most of its
+    pieces are in the repository already."""
+    if len(data) < _LONG:
+        return [data]
+    pieces: list[bytes] = []
+    start = end = 0
+    for line in data.splitlines(keepends=True):
+        end += len(line)
+        if not crc32(line) % _LINES:
+            pieces.append(data[start:end])
+            start = end
+    return [*pieces, data[start:]] if start < end else pieces

@@ -13,13 +13,15 @@ from __future__ import annotations
 import os
 import posixpath
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from unpacker import listing
+from unpacker import listing, multiarch
 from unpacker.contracts import Release
 from unpacker.digest import Digest
 from unpacker.errors import PublishError
+from unpacker.multiarch import MULTIARCH, Place
 from unpacker.publish import posix
 from unpacker.publish.layout import POOL, ROOTS, TXN, Layout
 from unpacker.publish.pool import PoolLinks
@@ -30,10 +32,15 @@ from unpacker.publish.roots import (
     RootFacts,
     free_name,
     is_note,
+    refuse_foreign,
     root_path,
     serialise_unreferenced,
 )
 from unpacker.record import Published, Unreadable
+from unpacker.tree import File, Tree
+
+Link = Callable[[File, str, int], None]
+"""Makes a name of a file in an open directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +55,25 @@ class _Staged:
 class DirectoryTransaction:
     """Made, committed and closed by `DirectoryPublisher.transaction`, under the target's lock."""
 
-    def __init__(self, layout: Layout, before: dict[str, Published | Unreadable], made: set[str]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        before: dict[str, Published | Unreadable],
+        made: set[str],
+        *,
+        pool: str | None = None,
+        write: Callable[[Tree, str, int, Link], tuple[int, int]] = posix.write_tree,
+        durable: bool = True,
+    ) -> None:
         """`made` are the roots placed under this lock; those of this transaction are added. OSError as it comes, and
-        then nothing is left open."""
+        then nothing is left open.
+
+        `pool` is the directory of the contents, if it is not the target's own; `write` writes a root, as
+        `posix.write_tree` does. Not `durable` is for who makes all of it durable, and visible, in a step of its own.
+        """
         self._layout = layout
+        self._write = write
+        self._durable = durable
         self._made = made
         self._before = before
         self._name = f"publish-{os.getpid()}-{secrets.token_hex(6)}"
@@ -61,10 +83,12 @@ class DirectoryTransaction:
         self._damaged: set[str] = set()
         self._notes: dict[str, bytes] = {}
         self._fds: list[int] = []
+        self._adopted: dict[str, RootFacts] = {}
+        self._has_halves = False
         try:
             # Open before anything is written, so that the syncs hear of every page that was lost.
             self._root_fd = self._opened("")
-            self._pool_fd = self._opened(POOL)
+            self._pool_fd = self._opened(POOL) if pool is None else self._opened_elsewhere(pool)
             self._roots_fd = self._opened(ROOTS)
             os.mkdir(f"{layout.path}/{TXN}/{self._name}", 0o700)
             self._txn_fd = self._opened(f"{TXN}/{self._name}")
@@ -75,6 +99,11 @@ class DirectoryTransaction:
 
     def _opened(self, path: str) -> int:
         fd = self._layout.open(path)
+        self._fds.append(fd)
+        return fd
+
+    def _opened_elsewhere(self, path: str) -> int:
+        fd = os.open(path, posix.DIRECTORY_FLAGS)
         self._fds.append(fd)
         return fd
 
@@ -90,6 +119,9 @@ class DirectoryTransaction:
         record = release.record
         key = (record.image_id, record.rules)
         before = self._before.get(record.public_path)
+        self._check_place(record.public_path)
+        if release.adopted is not None:
+            return self._adopt(release, release.adopted)
         try:
             staged = self._staged.get(key)
             root = root_path(staged.name) if staged else self._layout.root(*key)
@@ -113,6 +145,33 @@ class DirectoryTransaction:
         self._removed.pop(record.public_path, None)
         return completed
 
+    def _adopt(self, release: Release, root: str) -> Published:
+        """Takes over a root that another tool made. Nothing of it is changed, nor read."""
+        record, name = release.record, posixpath.basename(root)
+        facts = RootFacts(image_id=record.image_id, rules=record.rules, entries=0, size=0, layers=record.layers)
+        if not os.path.isdir(f"{self._layout.path}/{root}"):
+            raise PublishError(f"{root} in {self._layout.path} vanished while it was being adopted; run again")
+        if root == root_path(name):
+            # With facts it is collected once nothing refers to it any more, as a root of ours.
+            self._adopted[name] = facts
+        completed = facts.completed(record, root, self._before.get(record.public_path))
+        self._records[record.public_path] = (completed, release.image.manifest.raw)
+        self._removed.pop(record.public_path, None)
+        return completed
+
+    def _check_place(self, public_path: str) -> None:
+        """PublishError if something that is not ours stands in the place of a name, or on the way there."""
+        refuse_foreign(self._before.get(public_path))
+        try:
+            obstacle = self._layout.obstacle(public_path)
+        except OSError as error:
+            raise posix.failure(error, f"looking for the place of {public_path} in {self._layout.path}") from error
+        if obstacle is not None:
+            raise PublishError(
+                f"{self._layout.path}/{obstacle} stands where a directory belongs: move it away, and the next run "
+                f"publishes {public_path}"
+            )
+
     def _compose(self, release: Release) -> _Staged:
         record, tree = release.record, release.tree
         if tree is None:
@@ -121,7 +180,7 @@ class DirectoryTransaction:
         temporary = f".{name}.{self._name}"
         parent = self._layout.open(f"{FLAT}/{name[:2]}", create=True)
         try:
-            entries, size = posix.write_tree(tree, temporary, parent, self._links.link)
+            entries, size = self._write(tree, temporary, parent, self._links.link)
             facts = RootFacts(
                 image_id=record.image_id,
                 rules=record.rules,
@@ -147,11 +206,21 @@ class DirectoryTransaction:
         taken = {*self._layout.names(f"{FLAT}/{hexadecimal[:2]}"), *(staged.name for staged in self._staged.values())}
         return free_name(image_id, taken)
 
+    def point(self, record: Published) -> Published:
+        """Publishes a front, with nothing but its record and its link."""
+        self._check_place(record.public_path)
+        completed = record.succeeding(self._before.get(record.public_path))
+        self._records[record.public_path] = (completed, b"")
+        self._removed.pop(record.public_path, None)
+        return completed
+
     def remove(self, public_paths: Sequence[str], *, now: int) -> None:
         """Takes public names away; PublishError if one of them does not exist, and then none is taken."""
         unknown = [path for path in public_paths if path not in self._before and path not in self._records]
         if unknown:
             raise PublishError(f"not published in {self._layout.path}: {', '.join(unknown)}")
+        for path in public_paths:
+            refuse_foreign(self._before.get(path))
         for path in public_paths:
             self._records.pop(path, None)
             if path in self._before:
@@ -165,24 +234,31 @@ class DirectoryTransaction:
 
     # Committing ------------------------------------------------------------------------------------------------------
 
-    def commit(self) -> None:
-        """Publishes, in the order that this module promises. OSError as it comes."""
+    def commit(self) -> bool:
+        """Publishes, in the order that this module promises; gives whether there was anything. OSError as it comes."""
         if not (self._staged or self._records or self._removed or self._notes):
-            return
+            return False
+        self._has_halves = True
         # A sync with nothing to make durable for the next step would only cost its time.
         if self._staged or self._damaged:
             self._mark_damaged()
-            posix.syncfs(self._root_fd)
+            self._sync()
             self._links.settle()
             self._place_roots()
         self._write_records()
-        posix.syncfs(self._root_fd)
+        self._sync()
         self._place_records()
         if self._records:
-            posix.syncfs(self._root_fd)
+            self._sync()
         self._switch_links()
         self._unpublish()
-        posix.syncfs(self._root_fd)
+        self._has_halves = False
+        self._sync()
+        return True
+
+    def _sync(self) -> None:
+        if self._durable:
+            posix.syncfs(self._root_fd)
 
     def _mark_damaged(self) -> None:
         for name in self._damaged:
@@ -209,10 +285,14 @@ class DirectoryTransaction:
 
     def _write_records(self) -> None:
         for i, (path, (record, manifest)) in enumerate(self._records.items()):
-            posix.write_file(f"{i}.manifest", self._txn_fd, manifest)
             posix.write_file(f"{i}.record", self._txn_fd, record.serialise())
             os.symlink("../" * path.count("/") + record.root, f"{i}.link", dir_fd=self._txn_fd)
-            self._write_listing(f"{posixpath.basename(record.root)}.zst", f"{i}.listing")
+            if "manifest.json" in _beside(record):
+                posix.write_file(f"{i}.manifest.json", self._txn_fd, manifest)
+            if "listing.zst" in _beside(record):
+                self._write_listing(f"{posixpath.basename(record.root)}.zst", f"{i}.listing.zst")
+        for name, facts in self._adopted.items():
+            posix.write_file(f"{name}.json", self._txn_fd, facts.serialise())
         posix.write_file("unreferenced", self._txn_fd, serialise_unreferenced(self._unreferenced()))
         for name, data in self._notes.items():
             posix.write_file(f"note.{name}", self._txn_fd, data)
@@ -225,13 +305,19 @@ class DirectoryTransaction:
             posix.write_file(name, self._txn_fd, self._layout.read(f"{ROOTS}/{source}", None))
 
     def _place_records(self) -> None:
-        for i, path in enumerate(self._records):
+        for name in self._adopted:
+            os.rename(f"{name}.json", f"{name}.json", src_dir_fd=self._txn_fd, dst_dir_fd=self._roots_fd)
+        for i, (path, (record, _)) in enumerate(self._records.items()):
             fd = self._layout.open(f"{METADATA}/{path}", create=True)
             try:
                 # The record first: it tells that what lies beside it is not yet of the root that the link leads to.
                 os.rename(f"{i}.record", "record.json", src_dir_fd=self._txn_fd, dst_dir_fd=fd)
-                os.rename(f"{i}.manifest", "manifest.json", src_dir_fd=self._txn_fd, dst_dir_fd=fd)
-                os.rename(f"{i}.listing", "listing.zst", src_dir_fd=self._txn_fd, dst_dir_fd=fd)
+                for name in ("manifest.json", "listing.zst"):
+                    if name in _beside(record):
+                        os.rename(f"{i}.{name}", name, src_dir_fd=self._txn_fd, dst_dir_fd=fd)
+                    elif isinstance(record.replaces, Published):
+                        with suppress(FileNotFoundError):
+                            os.unlink(name, dir_fd=fd)  # of the image that the name stood for before
             finally:
                 os.close(fd)
         os.rename("unreferenced", UNREFERENCED, src_dir_fd=self._txn_fd, dst_dir_fd=self._root_fd)
@@ -239,7 +325,10 @@ class DirectoryTransaction:
             os.rename(f"note.{name}", f"{METADATA}/{name}", src_dir_fd=self._txn_fd, dst_dir_fd=self._root_fd)
 
     def _switch_links(self) -> None:
-        for i, path in enumerate(self._records):
+        self._link_aliases()
+        # A front last: what it leads to is there before it.
+        fronts_last = sorted(enumerate(self._records.items()), key=lambda each: each[1][1][0].place is Place.FRONT)
+        for i, (path, _) in fronts_last:
             directory, name = posixpath.split(path)
             fd = self._layout.open(directory, create=True)
             try:
@@ -247,8 +336,21 @@ class DirectoryTransaction:
             finally:
                 os.close(fd)
 
+    def _link_aliases(self) -> None:
+        platforms = (record.platform for record, _ in self._records.values() if record.place is Place.PLATFORM)
+        missing = multiarch.aliases({multiarch.directory(platform) for platform in platforms})
+        if missing:
+            fd = self._layout.open(MULTIARCH, create=True)
+            try:
+                for alias, directory in missing.items():
+                    with suppress(FileExistsError):  # made before, or another tool's
+                        os.symlink(directory, alias, dir_fd=fd)
+            finally:
+                os.close(fd)
+
     def _unpublish(self) -> None:
-        for path in self._removed:
+        # A front first: what it leads to is there until it has gone.
+        for path in sorted(self._removed, key=lambda path: path.startswith(f"{MULTIARCH}/")):
             directory, name = posixpath.split(path)
             fd = self._layout.open(directory)
             try:
@@ -281,7 +383,9 @@ class DirectoryTransaction:
         """Takes away what is left under temporary names, the transaction's own directory last, and closes."""
         for staged in self._staged.values():
             self._sweep_below(f"{FLAT}/{staged.name[:2]}", staged.temporary)
-        self._sweep_below(TXN, self._name)
+        if not self._has_halves:
+            # Else it tells the next holder of the lock, as after a kill, that there may be records without links.
+            self._sweep_below(TXN, self._name)
         while self._fds:
             os.close(self._fds.pop())
 
@@ -301,3 +405,10 @@ class DirectoryTransaction:
             posix.remove_tree(name, dir_fd)
         except OSError:
             pass  # What stopped the transaction must be heard; what is left, the next holder of the lock removes.
+
+
+def _beside(record: Published) -> tuple[str, ...]:
+    """The files that a name has beside its record. A front is no image; another tool's root was never listed."""
+    if record.place is Place.FRONT:
+        return ()
+    return ("manifest.json",) if record.is_adopted else ("manifest.json", "listing.zst")

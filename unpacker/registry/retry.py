@@ -8,6 +8,7 @@ and asking earlier would only use up the same budget.
 
 from __future__ import annotations
 
+import datetime
 import email.utils
 import random
 import re
@@ -57,7 +58,9 @@ def parse_retry_after(text: str | None, now: float) -> float | None:
         return float(text)
     try:
         date = email.utils.parsedate_to_datetime(text)
-        return max(0.0, date.timestamp() - now)
+        # One of the three forms names no zone, and means Greenwich as the others do.
+        zoned = date if date.tzinfo is not None else date.replace(tzinfo=datetime.UTC)
+        return max(0.0, zoned.timestamp() - now)
     except (ValueError, OverflowError, OSError):
         return None
 

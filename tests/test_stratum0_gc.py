@@ -1,0 +1,127 @@
+"""Collection of a native repository as a target: what a dry run foretells, what is noted, what old revisions keep."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cvmfs_repositories import NAME as REPOSITORY
+from tests.cvmfs_repositories import NOW, SWISSKNIFE, swissknife_check
+from tests.publisher_contract import NAME, OTHER, publish
+from unpacker.cvmfs.check import check
+from unpacker.cvmfs.gc import STATUS
+from unpacker.cvmfs.repository import Repository
+from unpacker.publish import posix
+from unpacker.publish.stratum0 import Stratum0Publisher
+from unpacker.publish.unreferenced import Collected, collect
+
+LATER = NOW + 1_000_000
+DAY = 86_400
+LARGE = 200_000
+
+
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(posix, "syncfs", lambda fd: None)
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    Repository.create(str(tmp_path / "repo"), REPOSITORY, now=NOW)
+    return tmp_path / "repo"
+
+
+Opened = Callable[[float], Stratum0Publisher]
+
+
+@pytest.fixture
+def opened(target: Path) -> Opened:
+    return lambda now: Stratum0Publisher(
+        str(target), clock=lambda: now, spool_root="/nowhere", configuration="/nowhere"
+    )
+
+
+def gc(publisher: Stratum0Publisher, now: float, *, keep: float = 0, dry_run: bool = False) -> Collected:
+    return collect(publisher, grace=0, keep=keep, now=now, dry_run=dry_run)
+
+
+def noise(seed: int) -> bytes:
+    return random.Random(seed).randbytes(LARGE)
+
+
+def two_images(opened: Opened) -> None:
+    """One name gone, whose root shares a file with the other one."""
+    shared = noise(1)
+    publish(opened(NOW + 1), NAME, {"shared": shared, "own": noise(2)}, seed="1")
+    publish(opened(NOW + 2), OTHER, {"shared": shared}, seed="2")
+    with opened(NOW + 3).transaction("remove") as transaction:
+        transaction.remove([NAME], now=NOW + 3)
+
+
+def test_a_dry_run_tells_the_bytes_that_only_the_roots_have_which_it_would_unlink(opened: Opened, target: Path) -> None:
+    two_images(opened)
+    told = gc(opened(LATER), LATER, keep=3 * DAY, dry_run=True)
+    assert len(told.roots) == 1
+    assert LARGE < told.unlinked < LARGE + 50_000
+    done = gc(opened(LATER), LATER, keep=3 * DAY)
+    assert (done.roots, done.layers, done.unlinked) == (told.roots, told.layers, told.unlinked)
+    assert done.freed < LARGE, "revisions that still show the root are kept"
+    publish(opened(LATER + 1), OTHER, {"shared": noise(1), "x": b"1"}, seed="3")
+    publish(opened(LATER + 2), OTHER, {"shared": noise(1), "x": b"2"}, seed="4")
+    again = gc(opened(LATER + 10 * DAY), LATER + 10 * DAY, keep=3 * DAY)
+    assert again.freed >= told.unlinked
+    found = check(str(target), now=LATER, hashes=True, spool_root="/nowhere", configuration="/nowhere")
+    assert [str(problem) for problem in found] == []
+    if SWISSKNIFE is not None:
+        swissknife_check("-c", "-r", str(target))
+
+
+def test_what_a_tag_of_the_operators_keeps_is_not_told_as_free(opened: Opened) -> None:
+    two_images(opened)
+    publisher = opened(NOW + 4)
+    with publisher.transaction("tagged") as transaction:
+        transaction.note("a.json", b"{}")
+    tag(publisher)
+    assert gc(opened(LATER), LATER, dry_run=True).unlinked == 0
+
+
+def tag(publisher: Stratum0Publisher) -> None:
+    from tests.cvmfs_repositories import publish as publish_revision
+
+    with publisher.lock():
+        publish_revision(publisher.repository, NOW + 5, tags={"keep": "for ever"})
+
+
+def test_revisions_are_kept_for_as_long_as_asked(opened: Opened) -> None:
+    two_images(opened)
+    # Of six revisions, the last two have the tags that every publish moves; the others were replaced at once.
+    assert gc(opened(LATER), LATER, keep=LATER - NOW + 10, dry_run=True).revisions == 0
+    assert gc(opened(LATER), LATER, keep=1, dry_run=True).revisions == 2
+    assert gc(opened(LATER), LATER, keep=LATER - NOW - 2, dry_run=True).revisions == 2
+    assert gc(opened(LATER), LATER, keep=LATER - NOW - 1, dry_run=True).revisions == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "kept"),
+    [
+        (None, {}),
+        (b'{"last_snapshot": "yesterday", "last_gc": "long ago"}', {"last_snapshot": "yesterday"}),
+        (b"not JSON", {}),
+        (b"[1]", {}),
+    ],
+)
+def test_the_collection_is_noted_as_the_official_tools_do(
+    opened: Opened, target: Path, before: bytes | None, kept: dict[str, str]
+) -> None:
+    if before is not None:
+        (target / STATUS).write_bytes(before)
+    gc(opened(LATER), 1_790_000_000, dry_run=True)
+    assert ((target / STATUS).read_bytes() if before is not None else (target / STATUS).exists()) == (before or False)
+    gc(opened(LATER), 1_790_000_000)
+    assert json.loads((target / STATUS).read_bytes()) == kept | {"last_gc": "Mon Sep 21 14:13:20 UTC 2026"}

@@ -1,0 +1,1 @@
+"""Tar archives: their members (`reader`), and what headers hold: `fields`, `pax` records, maps of `sparse` files."""
