@@ -208,6 +208,20 @@ def test_plan_against_needs_no_target_and_shows_only_what_the_merge_request_chan
     assert not any("app/manifests/1.0" in r.path for r in user.fake.requests)
 
 
+def test_plan_against_a_list_that_does_not_parse_counts_everything_as_new(user: User) -> None:
+    user.wishlist("HOST/org/app:1.0")
+    (user.path / "old.yaml").write_text("version: 2\nimages: [\n")
+    done = user("plan", "--against", "old.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [p["change"] for p in json.loads(done.stdout)["proposals"]] == ["add"]
+    assert "old.yaml cannot be read, so everything counts as new" in done.stderr
+
+
+def test_plan_against_a_list_that_is_not_there_is_an_error(user: User) -> None:
+    user.wishlist("HOST/org/app:1.0")
+    assert user("plan", "--against", "old.yaml").returncode == 2
+
+
 def test_plan_against_shows_what_a_merge_request_drops(user: User) -> None:
     user.wishlist("HOST/org/app:*", name="old.yaml")
     user.wishlist("HOST/org/app:1.0")

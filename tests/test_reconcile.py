@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -446,3 +447,12 @@ def test_a_cache_that_names_contents_the_target_lost_is_not_believed(published: 
     result = published.run("HOST/org/app:*")
     assert set(done(result).values()) == {"published"}
     assert (published.root("org/app:2") / "etc/motd").read_bytes() == b"hello"
+
+
+def test_a_root_that_somebody_took_away_is_made_again_without_being_asked_for(site: Site) -> None:
+    site.fake.add("org/app", "1.0", APP)
+    site.run("HOST/org/app:1.0")
+    shutil.rmtree(site.root("org/app:1.0").resolve())
+    assert done(site.run("HOST/org/app:1.0")) == {"org/app:1.0": "updated"}
+    assert (site.root("org/app:1.0") / "etc/motd").read_bytes() == b"hello"
+    assert done(site.run("HOST/org/app:1.0")) == {"org/app:1.0": "kept"}

@@ -347,3 +347,10 @@ def test_a_client_sees_the_same_tree_as_the_directory_target_has(operator: Opera
                 stat.S_ISCHR(path.lstat().st_mode) and path.lstat().st_rdev == 0
             )
         assert any(stat.S_ISCHR(p.lstat().st_mode) for p in (point / ".layers").glob("*/*/layerfs/etc/motd"))
+
+
+def test_a_tilde_behind_the_colon_is_the_home_directory(tmp_path: Path, registry: FakeRegistry) -> None:
+    one = Operator(tmp_path, registry)
+    said = one("init", "stratum0:~/repo", "--name", REPOSITORY, HOME=str(tmp_path))
+    assert said.returncode == 0, said.stderr
+    assert (tmp_path / "repo" / ".cvmfspublished").exists()

@@ -111,7 +111,8 @@ def stratum0(target: str) -> str:
     directory = target.removeprefix(_STRATUM0)
     if directory == target or not directory:
         raise SettingsError(f"not a native repository: {target!r}; name it as stratum0:DIRECTORY")
-    return os.path.abspath(directory)
+    # Shells do not, behind a colon.
+    return os.path.abspath(os.path.expanduser(directory))
 
 
 def problems(

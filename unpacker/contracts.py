@@ -159,6 +159,9 @@ class Publisher(Protocol):
         """What stands published, by public path, read from the target itself. Raises PublishError rather than give
         less than there is."""
 
+    def lost(self, published: Mapping[str, Published | Unreadable]) -> frozenset[str]:
+        """Of these the public names whose root is gone, as far as that is cheap to tell."""
+
     def view(self) -> View:
         """What stands there now, another tool's things included."""
 

@@ -206,7 +206,7 @@ def _decide(pinned: Pinned, before: Published | Unreadable | None, rules: Rules)
     if before.digest != str(pinned.descriptor.digest):
         return act(Verb.UPDATE, f"the tag moved from {_short(before.digest)} to {pinned.descriptor.digest.short}")
     if path in rules.damaged:
-        return act(Verb.UPDATE, "its root is damaged")
+        return act(Verb.UPDATE, "its root is damaged or gone")
     if pinned.place is not Place.FRONT and rules.rebuild is not None and before.rules != rules.rebuild:
         return act(Verb.UPDATE, "published under other rules")
     if before.gpu != pinned.gpu and not others:

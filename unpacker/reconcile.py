@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from unpacker import journal
 from unpacker.errors import PublishError, RegistryError, UnpackerError, UnsafePlan
@@ -34,6 +34,7 @@ def reconcile(request: Request, progress: Progress | None = None) -> Result:
     # The pools come first: their processes are forked while this one has no threads, locks or connections to inherit.
     with Pools(request.jobs) as pools, request.publisher.lock(request.lock_wait):
         found = survey(request, pools.asking)
+        request = replace(request, damaged=found.damaged)
         watch.planned(len(found.plan.changes))
         outcomes: list[Outcome] = []
         troubles: list[UnpackerError] = []

@@ -59,6 +59,7 @@ class Survey:
     plan: Plan
     resolution: Resolution
     published: Mapping[str, Published | Unreadable]
+    damaged: frozenset[str] = frozenset()
     history: journal.Journal = field(default_factory=journal.Journal)
 
 
@@ -72,6 +73,7 @@ def survey(request: Request, asking: Executor | None = None) -> Survey:
     resolution = resolve(wishes, request.registry, asking, request.limits, lambda path: _matches(path, request.only))
     estate = _estate(request, resolution, published, asking)
     resolution = _without(resolution, estate)
+    damaged = request.damaged | request.publisher.lost(published)
     history = journal.load(request.state, request.owner or "")
     rules = Rules(
         owner=request.owner,
@@ -81,12 +83,12 @@ def survey(request: Request, asking: Executor | None = None) -> Survey:
         allow_removals=request.allow_removals,
         keep_vanished=request.keep_vanished,
         vanished_since=history.vanished,
-        damaged=request.damaged,
+        damaged=damaged,
         inherited=estate.names,
         now=int(request.clock()),
     )
     decided = plan(wishes, resolution, published, rules)
-    return Survey(plan=decided, resolution=resolution, published=published, history=history)
+    return Survey(plan=decided, resolution=resolution, published=published, damaged=damaged, history=history)
 
 
 def _estate(

@@ -7,6 +7,7 @@ is done before the modules of a run would be loaded.
 from __future__ import annotations
 
 import os
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -95,11 +96,19 @@ def _plan_against(wishlist: str, against: str, settings: Settings, *, json: bool
     from unpacker import assembly
     from unpacker.proposal import propose
 
-    new, old = options.read_wishlist(wishlist), options.read_wishlist(against)
+    new = options.read_wishlist(wishlist)
     output.print_faults(new)
+    try:
+        before = options.read_wishlist(against).wishes
+    except WishlistError as error:
+        if not os.path.isfile(against):
+            raise
+        # The change may be the one that mends it.
+        output.warn((f"{against} cannot be read, so everything counts as new: {error}",))
+        before = ()
     registry = assembly.registry(settings)
     with ThreadPoolExecutor(settings.connections_per_host) as executor:
-        proposals = propose(new.wishes, old.wishes, registry, executor, settings.limits, settings.may_become_public)
+        proposals = propose(new.wishes, before, registry, executor, settings.limits, settings.may_become_public)
     rows, summary = report.proposal_rows(proposals), report.proposal_summary(proposals)
     faults = [str(fault) for fault in new.faults]
     value = {"faults": faults, "proposals": [asdict(p) for p in proposals]}

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 from unpacker import lock
 from unpacker.errors import PublishError
+from unpacker.multiarch import Place
 from unpacker.publish import posix
 from unpacker.publish.layout import LOCK, OURS, POOL, ROOTS, TRASH, TXN, Layout
 from unpacker.publish.pool import ContentPool
@@ -145,6 +146,16 @@ class DirectoryPublisher:
             return dict(sorted((path, value) for path, value in found if value is not None))
         except OSError as error:
             raise posix.failure(error, f"reading what is published in {self.path}") from error
+
+    def lost(self, published: Mapping[str, Published | Unreadable]) -> frozenset[str]:
+        """Of these the public names whose root somebody took away."""
+        return frozenset(
+            path
+            for path, record in published.items()
+            if isinstance(record, Published)
+            and record.place is not Place.FRONT
+            and not os.path.isdir(f"{self.path}/{record.root}")
+        )
 
     def view(self) -> DirectoryView:
         """What stands there now, another tool's things included."""

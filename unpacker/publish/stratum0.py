@@ -175,6 +175,10 @@ class Stratum0Publisher:
         with self.snapshot() as found:
             return found.published(self._parsed)
 
+    def lost(self, published: Mapping[str, Published | Unreadable]) -> frozenset[str]:
+        """None: names and roots are of one revision, which comes and goes as a whole."""
+        return frozenset()
+
     def view(self) -> RepositoryView:
         """What stands there now, another tool's things included."""
         repository = self.repository
