@@ -203,3 +203,13 @@ def test_a_replica_follows_a_first_publish_an_update_a_removal_and_our_collectio
         for name in ("follows", f"begins-{number}"):
             one.replicate(name)
             assert scrubbed(f"{tmp_path}/{name}").is_sound
+
+
+def test_a_replica_that_missed_revisions_which_were_collected_catches_up(model: Callable[[int], Model]) -> None:
+    """It looks for the former revisions of every catalog, and stops where one that is named is gone."""
+    one = model(0)
+    for _ in range(2):
+        for _ in range(4):
+            one.publish()
+        unreferenced.collect(one.publisher, grace=0, keep=0, now=time.time() + 1, dry_run=False)
+        one.replicate()
