@@ -16,6 +16,10 @@ import httpcore
 
 from unpacker.registry.address import why_refused
 
+READ_BYTES = 1 << 18
+"""What a read takes at most. httpcore asks for a quarter of that, and what is done for each piece of a blob on its way
+through it costs more than the piece itself."""
+
 
 class ForbiddenPeer(Exception):
     """The connection that was just made leads to an address that is never called."""
@@ -59,7 +63,7 @@ class Watch:
                 if left <= 0:
                     raise httpcore.ReadTimeout("the answer did not come in time")
                 timeout = left if timeout is None else min(timeout, left)
-            data: bytes = read(max_bytes, timeout)
+            data: bytes = read(max(max_bytes, READ_BYTES), timeout)
             return data
 
         # On the object, because httpx lets nobody choose the class: `network_backend` is httpcore's alone.
