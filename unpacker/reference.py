@@ -177,6 +177,12 @@ class ImageName:
     digest: Digest | None
 
 
+@lru_cache(maxsize=4096)
+def _repository(text: str) -> Repository:
+    """Remembered: a target has many tags of each repository, in order."""
+    return Repository.parse(text)
+
+
 def split(text: str) -> ImageName:
     """Takes `[scheme://]registry/repository[:tag or pattern][@digest]` apart; ValueError says what is wrong."""
     if len(text) > TEXT_LIMIT:
@@ -196,7 +202,7 @@ def split(text: str) -> ImageName:
     if colon and not slash:
         # `host:5000` or `alpine:3`: the registry is what is missing, and Repository.parse says so.
         last, colon, tag = path, "", ""
-    repository = Repository.parse(f"{scheme}{separator}{head}{slash}{last}")
+    repository = _repository(f"{scheme}{separator}{head}{slash}{last}")
     if colon and not tag:
         raise ValueError(f"empty tag in {text!r}")
     return ImageName(repository, tag if colon else None, digest)
