@@ -16,6 +16,7 @@ from tests.fake_registry import FakeRegistry
 from tests.images import file, image, layer
 from tests.predecessor_trees import DuccTree, Generation, OsgTree
 from tests.test_inherited import APP, BOTH, OTHER
+from tests.test_publish_stratum0 import edit_by_hand
 from tests.test_reconcile import Site, done
 from unpacker.audit import audit
 from unpacker.changeset import Entry, Kind
@@ -31,6 +32,7 @@ from unpacker.gc import collect
 from unpacker.plan import Verb
 from unpacker.publish import unreferenced
 from unpacker.publish.directory import DirectoryPublisher
+from unpacker.publish.index import DIRECTORY as INDEX
 from unpacker.publish.stratum0 import Stratum0Publisher
 from unpacker.publish.view import DirectoryView
 from unpacker.reconcile import Result, exit_code, reconcile
@@ -368,3 +370,87 @@ def test_a_root_that_an_absolute_link_leads_to_is_not_collected(repository: Old)
         transaction.remove([f"{repository.fake.host}/org/app:1"], now=NOW)
     found = unreferenced.collect(publisher, grace=0, keep=0, now=NOW + 2000, dry_run=False)
     assert ducc.flat(APP) not in found.roots
+
+
+def test_the_name_before_several_platforms_belongs_to_no_wishlist_either(site: Adopting) -> None:
+    arm = image(layer(file("arm", b"x")), architecture="arm64", variant="v8")
+    site.fake.add_index("org/app", "1.0", APP, arm)
+    name = f"{site.fake.host}/org/app:1.0"
+    site.ducc().publish_variants(name, **{"amd64": APP, "arm64:v8": arm})
+    wish = "version: 2\nimages:\n- {image: 'HOST/org/app:1.0', platforms: [linux/amd64, linux/arm64]}\n"
+    first = site.run("-", text=wish)
+    assert sorted(o.done.value for o in first.outcomes) == ["adopted", "adopted", "updated"]
+    assert site.published("org/app:1.0").owners == ()
+    site.run(predecessors=None, allow_removals=True)
+    assert os.path.lexists(site.target / name)
+
+
+def test_a_name_that_ducc_made_of_a_root_of_ours_leaves_it_ours(site: Adopting) -> None:
+    for tag in ("1.0", "2.0"):
+        site.fake.add("org/app", tag, APP)
+    site.run("HOST/org/app:2.0", predecessors=None)
+    ours = site.published("org/app:2.0").root
+    os.symlink(f"../../{ours}", site.root("org/app:1.0"))
+    assert done(site.run("HOST/org/app:*")) == {"org/app:1.0": "adopted", "org/app:2.0": "kept"}
+    publisher = DirectoryPublisher(str(site.target))
+    assert publisher.root(APP.image_id, site.policy.rules) == ours
+    (site.target / ours / "etc" / "motd").write_bytes(b"HELLO")
+    found = {p.public_path for p in verify(str(site.target), publisher.published().values(), quick=False)}
+    assert found == set(publisher.published())
+
+
+def test_a_name_that_ducc_made_of_a_root_of_ours_in_a_repository_leaves_it_ours(repository: Old) -> None:
+    for tag in ("1.0", "2.0"):
+        repository.fake.add("org/app", tag, APP)
+    (repository.ducc().path / "readme").write_text("not of unpacker")
+    lay(repository.target, repository.directory)
+    repository.run("HOST/org/app:2.0", predecessors=None)
+    ours = repository.record("org/app:2.0").root
+    link = Symlink(0o777, 0, 0, 0, (), f"../../{ours}")
+    edit_by_hand(repository.publisher(), {f"/{repository.fake.host}/org/app:1.0": link})
+    assert done(repository.run("HOST/org/app:*"))["org/app:1.0"] == "adopted"
+    assert repository.publisher().root(APP.image_id, repository.policy.rules) == ours
+
+
+def test_what_is_inside_roots_of_osg_is_no_name(site: Adopting) -> None:
+    site.fake.add("org/app", "1.0", APP)
+    ducc = site.ducc()
+    ducc.publish(f"{site.fake.host}/org/app:1.0", APP)
+    (site.target / ".images" / "ab" / "root").mkdir(parents=True)
+    (site.target / ".images" / "ab" / "root" / "link").symlink_to(f"../../../{ducc.flat(APP)}")
+    site.run("HOST/org/app:1.0")
+    publisher = DirectoryPublisher(str(site.target))
+    with publisher.transaction("remove") as transaction:
+        transaction.remove([f"{site.fake.host}/org/app:1.0"], now=1000)
+    assert collect(publisher, grace=100, now=2000, dry_run=False).roots == (ducc.flat(APP),)
+
+
+def test_what_is_inside_roots_of_osg_in_a_repository_is_no_name(repository: Old) -> None:
+    repository.fake.add("org/app", "1", APP)
+    ducc = repository.ducc()
+    ducc.publish(f"{repository.fake.host}/org/app:1", APP)
+    (repository.target / ".images" / "ab" / "root").mkdir(parents=True)
+    (repository.target / ".images" / "ab" / "root" / "link").symlink_to(f"../../../{ducc.flat(APP)}")
+    lay(repository.target, repository.directory)
+    repository.run("HOST/org/app:1")
+    publisher = repository.publisher()
+    with publisher.transaction("remove") as transaction:
+        transaction.remove([f"{repository.fake.host}/org/app:1"], now=NOW)
+    assert ducc.flat(APP) in unreferenced.collect(publisher, grace=0, keep=0, now=NOW + 2000, dry_run=False).roots
+
+
+def test_layers_of_ducc_never_become_ours_though_the_index_was_lost(repository: Old) -> None:
+    repository.fake.add("org/app", "1", APP)
+    repository.fake.add("org/app", "2", OTHER)
+    ducc = repository.ducc()
+    ducc.publish(f"{repository.fake.host}/org/app:1", APP)
+    ducc.publish("elsewhere.example.org/org/app:2", OTHER)
+    lay(repository.target, repository.directory)
+    repository.run("HOST/org/app:1", "HOST/org/app:2", only=f"{repository.fake.host}/*")
+    edit_by_hand(repository.publisher(), {f"/{INDEX}": None})
+    publisher = repository.publisher()
+    with publisher.transaction("remove") as transaction:
+        transaction.remove([f"{repository.fake.host}/org/app:{tag}" for tag in "12"], now=NOW)
+    found = unreferenced.collect(publisher, grace=0, keep=0, now=NOW + 2000, dry_run=False)
+    assert ducc.flat(APP) in found.roots
+    assert found.layers == ()

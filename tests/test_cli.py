@@ -184,6 +184,14 @@ def test_quiet_says_nothing_while_all_is_well_and_the_report_when_not(user: User
     assert "failed" in user("reconcile", "--quiet").stdout
 
 
+def test_a_report_to_what_is_no_file_is_written_there_and_replaces_nothing(user: User) -> None:
+    user.wishlist("HOST/org/app:1.0")
+    (user.path / "out").symlink_to("/dev/stdout")
+    done = user("reconcile", "--quiet", "--report", "out")
+    assert json.loads(done.stdout)["outcomes"][0]["result"] == "published"
+    assert os.readlink(user.path / "out") == "/dev/stdout"
+
+
 def test_the_report_is_json_or_markdown_by_its_name(user: User) -> None:
     user.wishlist("HOST/org/app:1.0")
     user("reconcile", "--report", "r.json")

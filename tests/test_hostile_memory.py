@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from tests.fake_registry import FakeRegistry
 from tests.images import BuiltImage, file, image, layer
+from tests.publisher_contract import image as one_layer
 from tests.test_reconcile import Site, done, failures
 from unpacker import budget, flatten
 from unpacker.budget import at_most, heaviest, share, together, weight
+from unpacker.cache import ChangesetCache
 from unpacker.changeset import HEAD, Changeset, Entry, Kind, written_size
+from unpacker.digest import Digest
 from unpacker.errors import ImageError
 from unpacker.flatten import Layers
-from unpacker.image import Image
+from unpacker.image import Image, Layer
+from unpacker.layer import LayerJob
 from unpacker.limits import Limits
+from unpacker.oci import Descriptor
 from unpacker.publish import posix
+from unpacker.rootfs import Policy
 
 ENTRIES = 60
 SMALL_HOST = Limits(image_entries=100)
@@ -172,6 +181,76 @@ def test_names_count_though_they_are_few_and_each_of_their_layers_is_within_its_
     (failed,) = failures(result).values()
     assert "fill the memory of" in str(failed.error)
     assert done(site.run("HOST/org/names:1", limits=Limits(image_entries=5000))) == {"org/names:1": "published"}
+
+
+# -- what waits for the layers below it ------------------------------------------------------------------------
+
+
+class Hand:
+    """Pools that read what they are told to, when they are told to."""
+
+    jobs = 2
+
+    def __init__(self) -> None:
+        self.begun: dict[str, Future[bytes]] = {}
+
+    def read(self, function: object, job: LayerJob) -> Future[bytes]:
+        future: Future[bytes] = Future()
+        self.begun[job.layer.diff_id] = future
+        return future
+
+    def finish(self, *, but: str = "") -> None:
+        for diff_id, future in self.begun.items():
+            if diff_id != but and not future.done():
+                future.set_result(Changeset(diff_id=diff_id, entries=()).encode())
+
+
+def test_what_was_read_before_its_turn_does_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flatten, "_AHEAD", 1)
+    digests = [Digest.of(bytes([number])) for number in range(12)]
+    stack = tuple(
+        Layer(descriptor=Descriptor(media_type="", digest=digest, size=9), diff_id=str(digest)) for digest in digests
+    )
+    tall, hand = replace(one_layer("registry.example.org/tall:1", "1"), layers=stack), Hand()
+    layers = Layers(
+        pools=cast(Any, hand),
+        cache=ChangesetCache(str(tmp_path), "rules"),
+        registry=cast(Any, None),
+        contents=cast(Any, SimpleNamespace(locator=None)),
+        policy=Policy(),
+        limits=Limits(),
+    )
+    growing = layers.start(tall)
+    for _ in range(20):
+        layers.feed([tall])
+        assert not growing.advance()
+        hand.finish(but=stack[0].diff_id)
+    assert list(hand.begun) == [layer.diff_id for layer in stack[:3]], "one for each process, and the one after them"
+    hand.finish()
+    while not growing.advance():
+        layers.feed([tall])
+        assert layers.pending([tall]), "else nobody would wake us"
+        hand.finish()
+    assert len(hand.begun) == 12
+
+
+def test_an_image_of_many_known_layers_has_them_at_hand_one_after_the_other(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.run("HOST/org/app:*")
+    site.fake.add("org/all", "1", image(*(part for tag in "abcdef" for part in _layers(large(tag)))))
+    at_hand: list[int] = []
+    feed = Layers.feed
+
+    def noted(layers: Layers, images: Sequence[Image], beside: int = 0) -> None:
+        feed(layers, images, beside)
+        recalled = (future.result() for future in layers._recalling.values())
+        known = [*layers._changesets.values(), *(one for one in recalled if one is not None)]
+        at_hand.append(sum(len(one.entries) for one in known))
+
+    monkeypatch.setattr(Layers, "feed", noted)
+    assert set(failures(site.run("HOST/org/all:1", limits=SMALL_HOST))) == {"org/all:1"}
+    assert 0 < max(at_hand) <= 100 + ENTRIES, "what one image may have, and the layer that is too much"
 
 
 # -- the rules -------------------------------------------------------------------------------------------------

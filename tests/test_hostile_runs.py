@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,10 +23,11 @@ from tests.fake_registry import FakeRegistry
 from tests.images import BuiltImage, directory, file, image, layer, symlink
 from tests.test_cli import User
 from tests.test_reconcile import APP, Site, done, failures
-from unpacker import journal, storing
+from unpacker import flatten, journal, proposal, storing
 from unpacker.changeset import Entry
 from unpacker.digest import Stream
 from unpacker.errors import NoRoom, PublishError, RegistryError
+from unpacker.layer import LayerJob, read_layer
 from unpacker.limits import Limits
 from unpacker.proposal import propose
 from unpacker.publish import posix
@@ -254,6 +256,40 @@ def test_an_image_too_large_for_the_disk_stops_no_other_and_leaves_the_disk_as_i
     assert [name[-1] for name in note["wishlists"]["ours"]["failing"]] == ["a"]
 
 
+def read_late(job: LayerJob) -> bytes:
+    """Reads a layer; one with a small tar only when the others have failed."""
+    if job.layer.descriptor.size < 1000:
+        time.sleep(0.7)
+    return read_layer(job)
+
+
+def test_what_is_still_read_for_an_image_that_is_too_large_is_no_more_kept_than_what_was(
+    small_disk: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = random.Random(1)
+    full = layer(*(file(f"full/{i}", noise.randbytes(1000)) for i in range(60)))
+    late = layer(*(file(f"late/{i}", f"{i}".encode()) for i in range(10)))
+    small_disk.fake.add("org/app", "a", image(full, late))
+    monkeypatch.setattr(flatten, "read_layer", read_late)
+    assert done(small_disk.run("HOST/org/app:a")) == {"org/app:a": "failed"}
+    assert [p for p in (small_disk.target / ".unpacker/pool").rglob("*") if p.is_file()] == []
+
+
+def test_a_full_disk_is_searched_for_what_can_go_once_and_not_for_each_image(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise NoRoom("no room")
+
+    searches: list[int] = []
+    for tag in "abc":
+        site.fake.add("org/app", tag, single(tag))
+    monkeypatch.setattr(posix, "check_room", refuse)
+    monkeypatch.setattr(DirectoryPublisher, "reclaim", lambda publisher: searches.append(1))
+    assert set(done(site.run("HOST/org/app:*")).values()) == {"failed"}
+    assert len(searches) == 1
+
+
 def test_a_single_image_too_large_for_the_disk_is_tried_once(small_disk: Site) -> None:
     small_disk.fake.add("org/app", "a", filling("a", 100_000))
     assert done(small_disk.run("HOST/org/app:a")) == {"org/app:a": "failed"}
@@ -392,6 +428,36 @@ def test_a_journal_that_cannot_be_written_keeps_no_run_from_telling_what_it_did(
     assert exit_code(result, sound=True) == PublishError.exit_code
 
 
+def test_a_target_that_fails_before_the_removals_fails_these_and_all_is_told(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tag in "12":
+        site.fake.add("org/app", tag, single(tag))
+    site.run("HOST/org/app:*")
+    published = DirectoryPublisher.published
+    asked: list[int] = []
+
+    def failing(publisher: DirectoryPublisher) -> object:
+        asked.append(1)
+        if len(asked) > 1:
+            raise PublishError("the disk failed")
+        return published(publisher)
+
+    monkeypatch.setattr(DirectoryPublisher, "published", failing)
+    result = site.run("HOST/org/app:1")
+    assert done(result) == {"org/app:1": "kept", "org/app:2": "failed"}
+    assert exit_code(result, sound=True) == PublishError.exit_code
+
+
+def test_a_receipt_that_fails_as_nobody_foresaw_fails_nothing_else(site: Site) -> None:
+    def attach(*_: object) -> None:
+        raise ValueError("what no registry ever said")
+
+    for tag in "12":
+        site.fake.add("org/app", tag, single(tag))
+    assert set(done(site.run("HOST/org/app:*", attach=attach)).values()) == {"published"}
+
+
 def test_a_damaged_journal_that_cannot_be_set_aside_is_an_empty_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,6 +508,22 @@ def test_a_damaged_root_is_made_anew_though_another_tag_moved_to_its_image(site:
     assert site.root("org/app:1").resolve() == site.root("org/app:2").resolve()
 
 
+@pytest.mark.parametrize("new", ["0", "2"])
+def test_what_is_published_beside_a_damaged_root_gets_none_of_its_damage(site: Site, new: str) -> None:
+    shared = layer(file("shared", b"whole"))
+    site.fake.add("org/app", "1", image(shared, layer(file("own", b"1"))))
+    site.run("HOST/org/app:1")
+    content = site.root("org/app:1") / "shared"
+    before = content.stat()
+    content.write_bytes(b"wrong")
+    os.utime(content, ns=(before.st_atime_ns, before.st_mtime_ns))
+    site.fake.add("org/app", new, image(shared, layer(file("own", b"2"))))
+    path = f"{site.fake.host}/org/app:1"
+    result = site.run("HOST/org/app:*", rebuild=True, damaged=frozenset({path}))
+    assert done(result) == {"org/app:1": "updated", f"org/app:{new}": "published"}
+    assert [(site.root(f"org/app:{tag}") / "shared").read_bytes() for tag in ("1", new)] == [b"whole"] * 2
+
+
 def test_two_spellings_of_one_platform_are_one_wish(site: Site) -> None:
     site.fake.add("org/app", "1.0", image(layer(file("a", b"arm")), architecture="arm64", variant="v8"))
     wishes = "- {image: 'HOST/org/app:1.*', platform: linux/arm64}\n"
@@ -470,6 +552,25 @@ def test_what_a_list_that_failed_may_still_hold_is_not_shown_as_dropped(site: Si
     site.fake.fault(status=500, times=100, path="tags/list")
     found = propose_from(site, "HOST/org/app:1.0", "HOST/org/app:1.*")
     assert set(found) == {"org/app"}
+
+
+def test_a_name_that_cannot_be_looked_up_is_not_shown_as_dropped(site: Site) -> None:
+    digest = site.fake.add("org/app", "1.0", APP)
+    site.fake.fault(status=500, times=100, path="manifests/")
+    one, several = f"image: HOST/org/app@{digest}", "image: HOST/org/app:1.0, platforms: [linux/amd64, linux/arm64]"
+    assert set(propose_from(site, f"{{{one}}}", f"{{{one}, gpu: true}}")) == {f"org/app@{digest}"}
+    assert set(propose_from(site, f"{{{several}}}", f"{{{several}, gpu: true}}")) == {"org/app:1.0"}
+
+
+def test_what_nobody_foresaw_of_one_image_leaves_the_others_of_a_merge_request(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise KeyError("config")
+
+    site.fake.add("org/app", "1.0", APP)
+    monkeypatch.setattr(proposal, "manifest_of", refuse)
+    assert "unforeseen KeyError" in propose_from(site, "HOST/org/none:1", "HOST/org/app:1.0")["org/app:1.0"]
 
 
 def test_an_image_beyond_the_operators_limits_is_shown_as_refused(site: Site) -> None:

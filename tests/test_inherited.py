@@ -185,6 +185,16 @@ def test_a_dangling_name_that_nobody_wishes_and_the_registry_lost_is_removed(old
     assert old.one().verb is Verb.REMOVE
 
 
+def test_a_name_that_leads_into_another_repository_is_not_removed_for_leading_nowhere_here(old: Old) -> None:
+    ducc = old.ducc()
+    ducc.publish(old.name("org/app:1.0"), APP)
+    name = old.path / old.name("org/app:1.0")
+    name.unlink()
+    name.symlink_to(f"/cvmfs/other.example.org/{ducc.flat(OTHER)}")
+    old.fake.add("org/else", "1.0", OTHER)
+    assert old.one().verb is Verb.KEEP
+
+
 def test_a_registry_that_does_not_answer_removes_nothing(old: Old) -> None:
     ducc = old.ducc()
     ducc.publish(old.name("org/app:1.0"), APP)
@@ -213,6 +223,17 @@ def test_a_link_for_several_platforms_wished_for_one_is_a_fault_that_says_what_t
     old.ducc().publish_variants(old.name("org/app:1.0"), amd64=APP)
     (unresolved,) = old.judge("HOST/org/app:1.0").unresolved
     assert isinstance(unresolved.error, WishlistError)
+    assert "platforms:" in str(unresolved.error)
+
+
+def test_a_link_that_a_client_has_filled_in_already_is_for_several_platforms_too(old: Old) -> None:
+    """As a mounted repository shows it."""
+    old.fake.add("org/app", "1.0", APP)
+    name = old.name("org/app:1.0")
+    old.ducc().publish_variants(name, amd64=APP)
+    (old.path / name).unlink()
+    (old.path / name).symlink_to("../" * name.count("/") + f".multiarch/x86_64/{name}")
+    (unresolved,) = old.judge("HOST/org/app:1.0").unresolved
     assert "platforms:" in str(unresolved.error)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,16 @@ def seen(root: Path, public_path: str) -> dict[str, str] | None:
 
 class TestServerPublisher(PublisherContract):
     """The contract of all publishers."""
+
+
+def test_a_root_that_is_missing_only_where_somebody_is_writing_is_not_lost(
+    publisher: ServerPublisher, stand_in: StandIn
+) -> None:
+    record = publish(publisher, NAME, {"motd": b"hello"})
+    shutil.rmtree(stand_in.union / record.root)
+    assert publisher.lost(publisher.published()) == frozenset()
+    shutil.rmtree(stand_in.readonly / record.root)
+    assert publisher.lost(publisher.published()) == {NAME}
 
 
 def verbs(stand_in: StandIn) -> list[str]:
@@ -216,6 +228,27 @@ class TestEnding:
         with publisher.transaction("x") as transaction:
             record = transaction.publish(release(NAME, tree))
         assert publisher.published() == {NAME: record}
+
+    def test_a_publish_that_fails_after_it_has_published_damages_no_root(
+        self, stand_in: StandIn, publisher: ServerPublisher
+    ) -> None:
+        tree = stored(publisher, {"motd": b"hello"})
+        with publisher.lock():
+            stand_in.fail("publish", "late:1")
+            with pytest.raises(PublishError, match=r"publish .* failed"), publisher.transaction("x") as transaction:
+                first = transaction.publish(release(NAME, tree))
+            with publisher.transaction("x") as transaction:
+                again = transaction.publish(release(NAME, tree))
+        assert again.root == first.root
+
+    def test_no_root_is_looked_for_while_the_repository_may_be_unmounted(
+        self, stand_in: StandIn, publisher: ServerPublisher
+    ) -> None:
+        with ThreadPoolExecutor(1) as asking:
+            with publisher.transaction("x"):
+                asked = asking.submit(publisher.root, f"sha256:{'0' * 64}", "rules")
+                assert not wait([asked], timeout=0.3).done
+            assert asked.result(30) is None
 
     def test_if_even_the_abort_fails_the_first_reason_is_told_and_the_next_run_aborts(
         self, stand_in: StandIn, publisher: ServerPublisher
@@ -369,6 +402,18 @@ class TestTermination:
         run.send_signal(signal.SIGINT)
         run.wait(30)
         assert set(opened(stand_in).published()) == {NAME}
+        assert is_clean(stand_in)
+
+    def test_a_signal_to_stop_while_one_is_being_opened_leaves_none_open(self, stand_in: StandIn) -> None:
+        script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "None")
+        stand_in.fail("transaction", "hang:1")
+        run = subprocess.Popen([sys.executable, "-c", script, str(stand_in.place), ""], cwd=TOP)
+        deadline = time.monotonic() + 30
+        while not stand_in.flag.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        run.send_signal(signal.SIGINT)
+        run.wait(30)
+        assert verbs(stand_in) == ["transaction", "abort"]
         assert is_clean(stand_in)
 
 

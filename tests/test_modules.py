@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -189,6 +190,61 @@ def test_a_list_that_names_files_elsewhere_removes_none(target: Path, output: Pa
     assert outside.read_text() == "x"
 
 
+def test_a_symlink_on_the_way_makes_no_file_elsewhere_ours_to_remove(
+    target: Path, output: Path, tmp_path: Path
+) -> None:
+    made(target, output)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "passwd").write_text("x")
+    (output / "way").symlink_to(elsewhere)
+    listed = json.loads((output / LIST).read_text())
+    listed["files"]["way/passwd"] = hashlib.sha256(b"x").hexdigest()
+    (output / LIST).write_text(json.dumps(listed))
+    assert made(target, output).changed == ("way/passwd",)
+    assert (elsewhere / "passwd").read_text() == "x"
+
+
+def test_a_directory_on_which_nothing_is_mounted_removes_nothing(target: Path, output: Path) -> None:
+    made(target, output)
+    target.rename(target.with_name("was mounted"))
+    target.mkdir()
+    with pytest.raises(PublishError, match="mounted"):
+        made(target, output)
+    assert tree(output) == ALL
+
+
+def test_an_image_whose_module_would_lie_below_that_of_another_stops_nobody(output: Path) -> None:
+    images = [Loadable(name=name, path="/x", labels={}) for name in ("q.io/a:1", "q.io/a/1.lua:2", "q.io/b:1")]
+    wanted = files(images, "", "/bin")
+    assert len(wanted) == 4
+    for _ in range(2):
+        assert write(str(output), wanted).foreign == ()
+        assert tree(output) == {f"modulefiles/q.io/{name}/1.lua" for name in "ab"} | {"bin/singularity_wrapper"}
+
+
+def test_what_others_put_where_a_directory_belongs_keeps_out_only_what_would_be_in_it(
+    target: Path, output: Path
+) -> None:
+    (output / "modulefiles").mkdir(parents=True)
+    (output / "modulefiles/alpine").write_text("mine")
+    done = made(target, output)
+    assert done.foreign == ("modulefiles/alpine/3.10.lua", "modulefiles/alpine/3.9.lua")
+    assert set(done.written) == ALL - set(done.foreign)
+    assert (output / "modulefiles/alpine").read_text() == "mine"
+
+
+def test_what_somebody_put_in_the_place_of_a_modulefile_stays(target: Path, output: Path) -> None:
+    made(target, output)
+    for name in ("3.9.lua", "3.10.lua"):
+        (output / "modulefiles/alpine" / name).unlink()
+    (output / "modulefiles/alpine/3.9.lua").symlink_to("mine")
+    (output / "modulefiles/alpine/3.10.lua").mkdir()
+    for _ in range(2):
+        assert made(target, output).foreign == ("modulefiles/alpine/3.10.lua", "modulefiles/alpine/3.9.lua")
+    assert (output / "modulefiles/alpine/3.9.lua").is_symlink()
+
+
 @pytest.mark.parametrize("survivors", range(7))
 def test_stopped_at_any_file_the_next_run_knows_what_is_ours(
     output: Path, survivors: int, monkeypatch: pytest.MonkeyPatch
@@ -247,6 +303,13 @@ def test_two_spellings_of_docker_hub_are_one_module_the_first_by_its_name() -> N
         found = files(order, "", "/bin")
         assert len(found) == 2
         assert "/docker.io" in found["modulefiles/alpine/1.lua"]
+
+
+def test_a_tag_that_is_spelled_like_a_digest_does_not_take_its_module() -> None:
+    names = {name: f"q.io/a:sha256{sign}{'c' * 64}" for name, sign in (("tag", "-"), ("digest", ":"))}
+    found = files([Loadable(name=name, path=f"/{path}", labels={}) for path, name in names.items()], "", "/bin")
+    assert len(found) == 2
+    assert "/digest" in found[f"modulefiles/q.io/a/sha256-{'c' * 64}.lua"]
 
 
 # -- hostile ----------------------------------------------------------------------------------------------------
@@ -310,6 +373,13 @@ def test_labels_cannot_become_lua(text: str, tmp_path: Path) -> None:
     done = subprocess.run([LUA, str(tmp_path / "m.lua")], capture_output=True, text=True, timeout=10)
     assert done.stdout.strip() == "9", done.stderr
     assert not os.path.exists("/tmp/pwned")
+
+
+def test_what_an_image_says_of_itself_cannot_move_the_cursor() -> None:
+    labels = {"description": "a\x1b[2J\r\n\u202eb\x9b", "org.opencontainers.image.url": "\x1b\n"}
+    text = modulefile(Loadable(name=ALPINE, path="/x", labels=labels), "/bin")
+    assert 'whatis("Description: a [2J b")' in text
+    assert "URL" not in text and "\\027" not in text
 
 
 # -- Lmod -------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from tests.cvmfs_repositories import NOW, SWISSKNIFE, mounted, served, swissknif
 from tests.cvmfs_tools import needs_client
 from tests.fake_registry import FakeRegistry
 from tests.images import directory, file, image, layer
+from tests.publisher_contract import front, platform_release, stored
 from tests.test_cli import User
 from tests.test_kills import discard, run, snapshot
 from tests.test_reconcile import Site
@@ -538,6 +539,19 @@ def test_verify_and_remove_by_the_public_name_mean_all_platforms(user: User) -> 
     assert user("verify", name).returncode == 5
     assert user("remove", name).returncode == 0
     assert not list(user.target.glob("**/app:1"))
+
+
+def test_a_front_that_leads_only_machines_of_other_kinds_somewhere_is_no_problem(site: Site) -> None:
+    publisher = DirectoryPublisher(str(site.target))
+    name = "quay.io/org/many:1"
+    root = f".multiarch/$(CVMFS_ARCH:-amd64)/{name}"
+    with publisher.lock(), publisher.transaction("publish") as transaction:
+        transaction.publish(platform_release(name, stored(publisher, {"motd": b"arm"}), "linux/arm64"))
+        transaction.point(replace(front(publisher, name, "linux/arm64"), root=root))
+    assert list(verify(str(site.target), publisher.published().values(), quick=False)) == []
+    (site.target / f".multiarch/arm64:v8/{name}").unlink()
+    (problem,) = verify(str(site.target), [publisher.published()[name]], quick=False)
+    assert "dangling" in problem.what
 
 
 def test_gc_keeps_the_roots_of_all_platforms_and_takes_them_when_their_names_are_gone(user: User) -> None:

@@ -33,6 +33,7 @@ from unpacker.contracts import Publisher
 from unpacker.errors import PublishError
 from unpacker.publish import posix
 from unpacker.publish.directory import DirectoryPublisher
+from unpacker.publish.roots import serialise_unreferenced
 from unpacker.publish.transaction import DirectoryTransaction
 from unpacker.record import Published, Unreadable
 from unpacker.tree import Directory, File, Special, Symlink, Tree
@@ -268,6 +269,16 @@ class TestWhatStandsPublished:
         assert second.root != third.root
         assert publisher.published() == {NAME: third}
 
+    def test_what_grows_with_the_target_is_read_whole(self, publisher: DirectoryPublisher, target: Path) -> None:
+        publish(publisher, NAME, {"motd": b"one"})
+        note = b"x" * (5 << 20)
+        with publisher.lock(), publisher.transaction("note") as transaction:
+            transaction.note("status.json", note)
+        assert publisher.noted("status.json") == note
+        times = {f".flat/{i:02}/{i:064}": i for i in range(60_000)}
+        (target / ".metadata/unreferenced.json").write_bytes(serialise_unreferenced(times))
+        assert publisher.layout.unreferenced() == times
+
     def test_a_record_without_a_link_is_not_published(self, publisher: DirectoryPublisher, target: Path) -> None:
         publish(publisher, NAME, {"motd": b"one"})
         (target / NAME).unlink()
@@ -412,6 +423,13 @@ class TestSymlinksInTheWay:
 
 
 class TestRecovery:
+    def test_hidden_files_of_others_beside_roots_stay(self, publisher: DirectoryPublisher, target: Path) -> None:
+        record = publish(publisher, NAME, {"motd": b"hello"})
+        theirs = target / os.path.dirname(record.root) / ".cvmfscatalog"
+        theirs.write_text("")
+        with DirectoryPublisher(str(target)).lock():
+            assert theirs.exists()
+
     def test_leftovers_of_a_killed_run_are_cleared_by_the_next(
         self, publisher: DirectoryPublisher, target: Path
     ) -> None:

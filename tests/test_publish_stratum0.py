@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.cvmfs_repositories import NOW
 from tests.publisher_contract import MTIME, NAME, OTHER, PublisherContract, image, publish, release, stored
 from unpacker.changeset import Changeset, Entry, Kind
 from unpacker.contracts import Publisher, Release, Stacked
+from unpacker.cvmfs.check import check
 from unpacker.cvmfs.reader import Reader, node
 from unpacker.cvmfs.repository import Repository
 from unpacker.errors import Busy, PublishError
@@ -309,6 +311,39 @@ class TestPresence:
         assert revision(target) == before
 
 
+class TestReclaim:
+    def test_what_a_run_stored_and_did_not_publish_is_freed_and_nothing_else(
+        self, publisher: Stratum0Publisher, target: Path
+    ) -> None:
+        publish(publisher, NAME, {"motd": b"published before"})
+        publish(publisher, NAME, {"motd": b"published, and replaced"}, seed="2")
+        before = files(stored(publisher, {"x": b"stored by a run before"}))
+        time.sleep(0.05)
+        with publisher.lock():
+            publish(publisher, OTHER, {"motd": b"published by this run"}, seed="3")
+            there = set((target / "data").glob("??/*"))
+            own = files(stored(publisher, {"x": b"too much", "y": b"stored by a run before"}))
+            publisher.reclaim()
+            assert publisher.contents.missing(own | before) == own - before != set()
+            assert set((target / "data").glob("??/*")) == there
+        problems = check(str(target), now=NOW + 1000, hashes=True, spool_root="/nowhere", configuration="/nowhere")
+        assert [str(problem) for problem in problems] == []
+
+    def test_nothing_is_freed_where_what_was_stored_may_be_of_the_official_tools(
+        self, opened: Opened, tmp_path: Path
+    ) -> None:
+        (tmp_path / "spools" / REPOSITORY).mkdir(parents=True)
+        publisher = opened(spool_root=str(tmp_path / "spools"), configuration=str(tmp_path / "none"))
+        with publisher.lock():
+            own = files(stored(publisher, {"x": b"perhaps not ours"}))
+            publisher.reclaim()
+            assert publisher.contents.missing(own) == set()
+
+
+def files(tree: Tree) -> set[str]:
+    return {node.token for node in tree.root.children.values() if isinstance(node, File)}
+
+
 class TestLocks:
     def test_reading_needs_no_keys(self, publisher: Stratum0Publisher, opened: Opened, target: Path) -> None:
         record = publish(publisher, NAME, {"motd": b"hello"})
@@ -419,3 +454,16 @@ class TestConcerns:
         assert "expires in 5 days" in concern and "unpacker resign" in concern
         (concern,) = opened(clock=lambda: NOW + 40 * day).concerns()
         assert "has expired" in concern
+
+    @pytest.mark.parametrize("data", [None, b"", b"damaged"])
+    def test_a_whitelist_that_is_lost_or_damaged_is_a_concern(
+        self, opened: Opened, target: Path, data: bytes | None
+    ) -> None:
+        os.unlink(target / ".cvmfswhitelist")
+        if data is not None:
+            (target / ".cvmfswhitelist").write_bytes(data)
+        (concern,) = opened().concerns()
+        assert ".cvmfswhitelist" in concern
+
+    def test_of_no_repository_at_all_others_tell(self, tmp_path: Path) -> None:
+        assert Stratum0Publisher(str(tmp_path / "none")).concerns() == ()

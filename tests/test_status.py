@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from unpacker import journal, report
 from unpacker.cache import ChangesetCache, prune
 from unpacker.changeset import Change, Changeset, Entry, Kind
@@ -211,6 +213,14 @@ def test_the_note_for_users_is_written_only_when_it_says_something_new() -> None
     assert other is not None
     assert set(json.loads(other)["wishlists"]) == {"ours", "theirs"}
     assert report.status_note(b"damaged", "ours", published, failures, 10) is not None
+
+
+@pytest.mark.parametrize("error", ["of type }, ", 'of type "}, ', "of type \\", 'of type \\"}, ', "}, }, "])
+def test_the_note_for_users_is_json_whatever_an_error_quotes(error: str) -> None:
+    failures = {f"r.org/{name}:1": Failure(since=1, last=2, error=error) for name in "bc"}
+    note = report.status_note(None, "ours", {"r.org/a:1": record("r.org/a:1")}, failures, 10)
+    assert note is not None
+    assert [one["error"] for one in json.loads(note)["wishlists"]["ours"]["failing"].values()] == [error] * 2
 
 
 def test_sizes_and_ages_are_readable() -> None:

@@ -21,6 +21,7 @@ from tests.images import device, directory, fifo, file, hardlink, image, layer, 
 from tests.test_cli import User
 from unpacker.cvmfs.deflation import dense
 from unpacker.cvmfs.hash import ContentHash
+from unpacker.cvmfs.reader import Reader
 from unpacker.cvmfs.repository import Repository
 from unpacker.publish.stratum0 import Stratum0Publisher
 
@@ -135,6 +136,22 @@ def test_a_run_is_one_revision_and_status_json_comes_with_it(operator: Operator,
     assert revisions(operator, "reconcile") == (1, 0), "nothing fails any more"
     (wishlist,) = status(operator)["wishlists"].values()
     assert wishlist["failing"] == {}
+    operator.check()
+
+
+def test_a_status_json_that_is_lost_fails_no_image_and_is_written_anew(
+    operator: Operator, registry: FakeRegistry
+) -> None:
+    operator.wishlist("HOST/org/app:*")
+    operator.done("reconcile")
+    repository = Repository.open(str(operator.repository))
+    with Reader(repository.objects, repository.manifest().root) as reader:
+        found = reader.lookup("/.metadata/status.json")
+    assert found is not None and found.row.content_hash is not None
+    os.unlink(repository.objects.path(found.row.content_hash))
+    registry.add("org/app", "2", SECOND)
+    assert revisions(operator, "reconcile") == (1, 0)
+    assert len(status(operator)["names"]) == 2
     operator.check()
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cvmfs_repositories import NAME as REPOSITORY
 from tests.cvmfs_repositories import NOW, SWISSKNIFE, swissknife_check
-from tests.publisher_contract import NAME, OTHER, publish
+from tests.publisher_contract import MTIME, NAME, OTHER, publish
+from tests.test_publish_stratum0 import edit_by_hand
 from unpacker.cvmfs.check import check
 from unpacker.cvmfs.gc import STATUS
 from unpacker.cvmfs.repository import Repository
-from unpacker.publish import posix
+from unpacker.publish import posix, unreferenced
 from unpacker.publish.stratum0 import Stratum0Publisher
 from unpacker.publish.unreferenced import Collected, collect
+from unpacker.tree import Symlink
 
 LATER = NOW + 1_000_000
 DAY = 86_400
@@ -105,6 +111,61 @@ def test_revisions_are_kept_for_as_long_as_asked(opened: Opened) -> None:
     assert gc(opened(LATER), LATER, keep=1, dry_run=True).revisions == 2
     assert gc(opened(LATER), LATER, keep=LATER - NOW - 2, dry_run=True).revisions == 2
     assert gc(opened(LATER), LATER, keep=LATER - NOW - 1, dry_run=True).revisions == 1
+
+
+@pytest.mark.parametrize("is_root_due", [True, False])
+def test_what_nothing_leads_to_makes_room_on_a_full_disk(
+    opened: Opened, target: Path, monkeypatch: pytest.MonkeyPatch, is_root_due: bool
+) -> None:
+    """What was stored of an image too large for the disk goes before anything is written."""
+    later = time.time() + DAY
+    two_images(opened)
+    if not is_root_due:
+        gc(opened(later), later, keep=10 * LATER)
+        for number in range(2):
+            with opened(later).transaction("note") as transaction:
+                transaction.note("a.json", b"%d" % number)
+    store = opened(later).repository.objects
+    large = Path(store.path(store.put(noise(9))))
+    write_all = posix.write_all
+
+    def written(fd: int, data: bytes) -> None:
+        if large.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_all(fd, data)
+
+    monkeypatch.setattr(posix, "write_all", written)
+    done = gc(opened(later), later)
+    assert (len(done.roots), done.revisions > 0) == (int(is_root_due), True)
+    assert done.freed > LARGE and not large.exists()
+    found = check(str(target), now=LATER, hashes=True, spool_root="/nowhere", configuration="/nowhere")
+    assert [str(problem) for problem in found] == []
+
+
+def test_both_steps_of_gc_wait_for_the_official_tools(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = tmp_path / "spools" / REPOSITORY / "in_transaction.lock"
+    flag.parent.mkdir(parents=True)
+    publisher = Stratum0Publisher(str(target), spool_root=str(tmp_path / "spools"), configuration="/nowhere")
+    collected = unreferenced.gc.collect
+
+    def after_a_transaction_was_opened(*arguments: Any, **options: Any) -> Any:
+        flag.touch()
+        threading.Timer(0.3, flag.unlink).start()
+        return collected(*arguments, **options)
+
+    monkeypatch.setattr(unreferenced.gc, "collect", after_a_transaction_was_opened)
+    with publisher.lock(30):
+        gc(publisher, LATER)
+    assert not flag.exists()
+
+
+def test_what_is_in_the_images_of_another_tool_is_no_name(opened: Opened) -> None:
+    record = publish(opened(NOW + 1), NAME, {"motd": b"hello"})
+    inside = Symlink(0o777, 0, 0, MTIME, (), f"/cvmfs/{REPOSITORY}/{record.root}")
+    edit_by_hand(opened(NOW + 2), {"/.images/ab/cd/opt/tool": inside, f"/{NAME}": None})
+    assert gc(opened(LATER), LATER, dry_run=True).roots == (record.root,)
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,45 @@ def test_any_sequence_of_changes_leaves_the_index_true_and_the_repository_sound(
     sound(target)
 
 
+class TestLostObjects:
+    """What a bad disk does to the index: all that it says of names is in their records, too."""
+
+    @pytest.mark.parametrize("is_there", [True, False])
+    @pytest.mark.parametrize("which", ["part", indexes.HEAD, indexes.OTHERS])
+    def test_an_index_of_which_an_object_is_lost_or_damaged_is_made_anew(
+        self, publisher: Stratum0Publisher, opened: Opened, target: Path, which: str, is_there: bool
+    ) -> None:
+        edit_by_hand(publisher, {f"/{THIRD}": Symlink(0o777, 0, 0, MTIME, (), "elsewhere")})
+        record = publish(publisher, NAME, {"motd": b"one"})
+        name = record.root.split("/")[1] if which == "part" else which
+        lost = target / row(target, f"{DIRECTORY}/{name}").content_hash.object_path()
+        if is_there:
+            lost.write_bytes(b"x" * lost.stat().st_size)
+        else:
+            lost.unlink()
+        again = opened()
+        found = again.published()
+        assert (set(found), found[NAME]) == ({NAME, THIRD}, record)
+        other = publish(again, OTHER, {"motd": b"two"}, seed="2")
+        found = opened().published()
+        assert (set(found), found[NAME], found[OTHER]) == ({NAME, THIRD, OTHER}, record, other)
+        if not is_there:
+            sound(target)
+
+    def test_an_index_that_cannot_be_read_just_now_is_an_error(
+        self, publisher: Stratum0Publisher, opened: Opened, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        publish(publisher, NAME, {"motd": b"one"})
+
+        def failed(token: str) -> Any:
+            raise PublishError("reading it failed")
+
+        again = opened()
+        monkeypatch.setattr(again.contents, "open", failed)
+        with pytest.raises(PublishError, match="reading it failed"):
+            again.published()
+
+
 class TestCost:
     """What a publish rewrites."""
 
@@ -355,6 +394,7 @@ class TestParts:
 
     def test_other_names_are_read_as_written(self) -> None:
         others = {"r.example.org/a:1": "elsewhere", "r.example.org/b:1": ""}
+        others |= {"r.example.org/c\td:\n%": "%250A%09\n", "r.example.org/\udce9:1": "\t"}
         assert indexes.parse_others(indexes.serialise_others(others)) == others
         with pytest.raises(ValueError):
             indexes.parse_others(b"no root\n")

@@ -19,15 +19,22 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from tests.publisher_contract import front, platform_release, release, stored
+from tests.cvmfs_repositories import NAME as REPOSITORY
+from tests.cvmfs_repositories import NOW
+from tests.publisher_contract import front, platform_release, publish, publish_platforms, release, stored
 from unpacker import journal
 from unpacker.cli import app
 from unpacker.consumers import CONSUMERS, Usable, lines
+from unpacker.cvmfs.repository import Repository
+from unpacker.errors import PublishError, SettingsError
 from unpacker.lookup import near, read
+from unpacker.pending import pending
 from unpacker.publish import posix
 from unpacker.publish.directory import DirectoryPublisher
-from unpacker.readers import DirectoryReader, Found, find
+from unpacker.publish.stratum0 import Stratum0Publisher
+from unpacker.readers import DirectoryReader, Found, RepositoryReader, find
 from unpacker.record import Published
+from unpacker.settings import Settings
 from unpacker.status import Failure
 
 HUB = "registry.hub.docker.com"
@@ -103,6 +110,8 @@ def found(target: Path, text: str) -> str:
         (f"/cvmfs/unpacked.cern.ch/{ATHENA}", ATHENA),
         (PLATFORMS, PLATFORMS),
         (f".multiarch/arm64:v8/{PLATFORMS}", f".multiarch/arm64:v8/{PLATFORMS}"),
+        (f".multiarch/arm64/{PLATFORMS}", f".multiarch/arm64:v8/{PLATFORMS}"),
+        (f"/cvmfs/unpacked.example.org/.multiarch/aarch64/{PLATFORMS}", f".multiarch/arm64:v8/{PLATFORMS}"),
         ("ghcr.io/ducc/made:1", "ghcr.io/ducc/made:1"),
     ],
 )
@@ -169,12 +178,87 @@ def test_nothing_near_is_nothing_and_not_everything(target: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a b", "-x", "/etc/passwd", "/cvmfs", "ftp://h.org/a:1", "A/b:1", "a:b:c", "a@sha256:1", "x" * 2000, "a\nb"],
+    [
+        *("", "a b", "-x", "/etc/passwd", "/cvmfs", "/cvmfs/x/.multiarch/amd64", "/cvmfs/x/.multiarch/arm64:v8"),
+        *("ftp://h.org/a:1", "A/b:1", "a:b:c", "a@sha256:1", "x" * 2000, "a\nb"),
+    ],
 )
 def test_what_cannot_be_an_image_is_a_wrong_argument(target: Path, text: str) -> None:
     reader = DirectoryReader(str(target))
     with pytest.raises(ValueError, match=r"\w"):
         read(text, reader.mounts)
+
+
+def linked(path: Path, *names: str) -> Path:
+    """A target in which another tool published these names."""
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).symlink_to("../" * name.count("/") + ".flat/aa/root")
+    (path / ".flat").mkdir()
+    return path
+
+
+def test_what_an_image_is_called_is_not_taken_for_the_tag_of_another(tmp_path: Path) -> None:
+    place = linked(tmp_path, f"{HUB}/library/python:alpine", f"{HUB}/library/ruby:3.1-alpine")
+    assert found(place, "alpine") == f"missing, near: {HUB}/library/python:alpine"
+    assert found(place, "3.1-alpine") == f"{HUB}/library/ruby:3.1-alpine"
+
+
+def test_a_digest_that_another_tool_published_is_found_by_its_name(tmp_path: Path) -> None:
+    digest = f"sha256:{'c' * 64}"
+    place = linked(tmp_path, f"ghcr.io/org/tool:{digest}", "ghcr.io/org/tool:1")
+    assert found(place, f"ghcr.io/org/tool@{digest}") == f"ghcr.io/org/tool:{digest}"
+    assert found(place, f"ghcr.io/org/tool:1@{digest}").startswith("missing")
+
+
+def test_a_directory_on_which_nothing_is_mounted_is_not_one_without_the_image(tmp_path: Path) -> None:
+    with pytest.raises(PublishError, match="mounted"):
+        found(tmp_path, "alpine")
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A native repository that nobody has mounted here."""
+    path = tmp_path_factory.mktemp("use") / "repository"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(posix, "syncfs", lambda fd: None)
+        patch.setattr(os, "fsync", lambda fd: None)
+        Repository.create(str(path), REPOSITORY, now=NOW)
+        publisher = Stratum0Publisher(
+            str(path), clock=lambda: NOW + 1000, spool_root="/nowhere", configuration="/nowhere"
+        )
+        publish(publisher, ALPINE, {".singularity.d/labels.json": b'{"a": "b"}'}, seed="0")
+        publish_platforms(publisher, PLATFORMS, amd64=b"amd64", arm64=b"arm64")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("docker://alpine:3.10", ALPINE),
+        ("3.10", ALPINE),
+        (f"/cvmfs/{REPOSITORY}/{ALPINE}", ALPINE),
+        (PLATFORMS, PLATFORMS),
+        (f"/cvmfs/{REPOSITORY}/.multiarch/arm64/{PLATFORMS}", f".multiarch/arm64:v8/{PLATFORMS}"),
+    ],
+)
+def test_a_repository_on_this_host_is_read_without_a_client(repository: Path, text: str, name: str) -> None:
+    state = str(repository.parent / "state")
+    arguments = ["use", text, "--target", f"stratum0:{repository}", "--state", state, "--json"]
+    done = CliRunner().invoke(app, arguments)
+    value = json.loads(done.stdout)
+    assert (value["name"], value["path"]) == (name, f"/cvmfs/{REPOSITORY}/{name}")
+    assert value["published"] is not None
+    assert value["platforms"] == (["amd64", "arm64:v8"] if name == PLATFORMS else [])
+    assert ("module" in value["lines"]) is not name.startswith(".multiarch")
+
+
+def test_small_files_of_a_repository_are_read_without_a_client(repository: Path) -> None:
+    reader = RepositoryReader(Stratum0Publisher(str(repository)))
+    record = reader.standing(ALPINE)
+    assert isinstance(record, Published)
+    assert reader.file(f"{record.root}/.singularity.d/labels.json") == b'{"a": "b"}'
+    assert reader.file("nothing") is None
 
 
 # -- what is pending --------------------------------------------------------------------------------------------
@@ -191,6 +275,14 @@ def test_what_a_wishlist_asks_for_is_pending(target: Path, tmp_path: Path) -> No
     assert f"nor is it asked for in {wishlist}" in run(target, "alpine:8", "--wishlist", str(wishlist), code=1)
 
 
+def test_one_platform_is_pending_if_it_is_asked_for(target: Path, tmp_path: Path) -> None:
+    wishlist = tmp_path / "wishlist.yaml"
+    wishlist.write_text("version: 2\nimages:\n- {image: 'ghcr.io/org/tool:3', platforms: [linux/arm64]}\n")
+    given = ("--wishlist", str(wishlist))
+    assert "line 3, and no run" in run(target, ".multiarch/aarch64/ghcr.io/org/tool:3", *given, code=1)
+    assert "nor is it asked for" in run(target, ".multiarch/amd64/ghcr.io/org/tool:3", *given, code=1)
+
+
 def test_what_fails_is_told_with_its_error_from_what_the_target_says(target: Path) -> None:
     note = {"schema": 1, "names": {}, "wishlists": {"w": {"failing": {"ghcr.io/org/bad:1": {"error": "too large"}}}}}
     path = target / ".metadata/status.json"
@@ -201,6 +293,29 @@ def test_what_fails_is_told_with_its_error_from_what_the_target_says(target: Pat
         assert (value["state"], value["error"]) == ("failing", "too large")
     finally:
         path.unlink()
+
+
+def test_what_fails_is_told_beside_ten_thousand_names_and_cannot_move_the_cursor(target: Path) -> None:
+    names = {f"ghcr.io/org/many:{n}": {"image_id": "sha256:" + "0" * 64, "published": None} for n in range(10_000)}
+    failing = {"ghcr.io/org/bad:1": {"error": "odd \x1b[2J type"}}
+    path = target / ".metadata/status.json"
+    path.write_text(json.dumps({"schema": 1, "names": names, "wishlists": {"w": {"failing": failing}}}))
+    try:
+        assert r"fails: odd \x1b[2J type" in run(target, "ghcr.io/org/bad:1", code=1)
+    finally:
+        path.unlink()
+
+
+def test_the_journal_of_a_repository_in_the_home_directory_is_found(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    failures = {ALPINE: Failure(since=1_000, last=2_000, error="no room")}
+    place = journal.directory(str(tmp_path), os.path.realpath(tmp_path / "repository"))
+    journal.store(place, journal.Journal(failures=failures, finished=2_000), "ours")
+    settings = Settings(target="stratum0:~/repository", state=str(tmp_path))
+    said = pending(read(ALPINE, ["/cvmfs"]), DirectoryReader(str(target)), settings, None)
+    assert (said.state, said.error) == ("failing", "no room")
 
 
 def test_what_fails_is_told_from_the_journal_of_this_host_with_since_when(target: Path, tmp_path: Path) -> None:
@@ -375,6 +490,13 @@ def test_of_what_is_not_published_nothing_is_printed_that_a_script_could_run(tar
     done = CliRunner().invoke(app, ["use", "alpine:3.11", "--for", "apptainer", "--target", str(target)])
     assert (done.exit_code, done.stdout) == (1, "")
     assert ALPINE in done.stderr
+
+
+def test_one_platform_of_several_has_no_module(target: Path) -> None:
+    name = f".multiarch/amd64/{PLATFORMS}"
+    assert "singularity_wrapper" not in CliRunner().invoke(app, ["use", name, "--target", str(target)]).stdout
+    with pytest.raises(SettingsError, match="one platform"):
+        run(target, name, "--for", "module")
 
 
 def test_without_a_consumer_all_are_shown(target: Path) -> None:

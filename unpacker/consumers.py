@@ -16,7 +16,7 @@ from xml.sax.saxutils import quoteattr
 class Usable:
     """A published image as its users have it: the absolute `path` that they open, and what it needs.
 
-    `apptainer` is the command that a site has for it, `module` how `unpacker modules` calls the image.
+    `apptainer` is the command that a site has for it, `module` how `unpacker modules` calls the image, if it does.
     """
 
     path: str
@@ -115,6 +115,8 @@ def _podman(image: Usable) -> tuple[str, ...]:
 
 
 def _module(image: Usable) -> tuple[str, ...]:
+    if not image.module:
+        raise ValueError(f"there are modules of images, but not of one platform of them: {image.path!r}")
     return (
         f"module load {shlex.quote(image.module)}",
         "singularity_wrapper run",

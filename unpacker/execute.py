@@ -64,7 +64,6 @@ class _Opened:
 
     image: Image
     root: str | None
-    damaged: bool
 
 
 class Execution:
@@ -130,6 +129,7 @@ class Execution:
         keep from it what came together with it, nor leave it full."""
         short: list[Action] = []
         is_short = False
+        reads: int | None = None
         for outcome in self._publish_all(actions, is_last=is_last):
             if isinstance(outcome.error, NoRoom):
                 is_short = True
@@ -139,16 +139,22 @@ class Execution:
             yield outcome
         for job in jobs_of(short):
             self.is_closed = False
-            self._reclaim()
+            reads = self._reclaim(reads)
             yield from self._publish_all(job.actions, is_last=False)
         if is_short:
-            self._reclaim()
+            self._reclaim(reads)
 
-    def _reclaim(self) -> None:
+    def _reclaim(self, reads: int | None) -> int:
+        """Frees room, unless no layer was read since the last time: then there is none to free, and looking for it may
+        take long. Gives how many were read so far."""
+        if reads == self._layers.reads:
+            return reads
+        wait(self._layers.abandoned())  # What they still store nobody would come back for.
         try:
             self._request.publisher.reclaim()
         except PublishError as error:
             log.warning("room not freed", error=str(error))  # what wanted it says that there is none
+        return self._layers.reads
 
     def _publish_all(self, actions: Sequence[Action], *, is_last: bool) -> Iterator[Outcome]:
         waiting = deque(jobs_of(actions))
@@ -204,7 +210,7 @@ class Execution:
         image = fetch(action.after, request.registry, request.limits, request.may_become_public)
         damaged = any(a.public_path in request.damaged for a in actions)
         root = None if damaged else request.publisher.root(image.image_id, request.policy.rules)
-        return _Opened(image=image, root=root, damaged=damaged)
+        return _Opened(image=image, root=root)
 
     def _take(self, job: Job, opened: _Opened, growing: list[tuple[Job, Growing]], ready: list[Ready]) -> None:
         if opened.root is not None:
@@ -212,7 +218,9 @@ class Execution:
             return
         # What comes out of a layer is not known before it is read; three times the compressed size is usual.
         self._request.publisher.room(3 * self._layers.compressed(opened.image), len(opened.image.layers))
-        growing.append((job, self._layers.start(opened.image, check=opened.damaged)))
+        # What one image shares with a damaged one may be what is damaged.
+        check = bool(self._request.damaged)
+        growing.append((job, self._layers.start(opened.image, check=check)))
 
     def _complete(self, job: Job, image: Growing) -> Ready:
         self._request.publisher.room(0, image.entries + image.tree.implied)
@@ -303,8 +311,8 @@ class Execution:
             return
         try:
             self._request.attach(published, image)
-        except UnpackerError as error:
-            log.warning("receipt not attached", name=published.public_path, error=str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the name is published
+            log.warning("receipt not attached", name=published.public_path, error=str(unforeseen(error)))
 
     def _failed(self, job: Job, error: Exception) -> Iterator[Outcome]:
         known = as_error(error)

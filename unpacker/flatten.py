@@ -28,8 +28,8 @@ from unpacker.tree import EMPTY, Tree
 
 _CHAINS_KEPT = 8
 _AHEAD = 256 << 20
-"""How many compressed bytes of layers wait at most for a process that reads them, so that none is ever idle. What
-comes of a layer while nobody looks is hardly more than it is."""
+"""How many compressed bytes of layers wait at most for a process that reads them, so that none is ever idle; and how
+many bytes of what came of layers may wait for those below them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,10 @@ class Layers:
         self._first: Image | None = None
         self._held = 0
         self._weights: dict[str, int] = {}
+        self.reads = 0
+        """How many layers were begun to be read."""
         self._reading: dict[str, Future[bytes]] = {}
+        self._abandoned: set[Future[bytes]] = set()
         self._recalling: dict[str, Future[Changeset | None]] = {}
         self._changesets: dict[str, Changeset] = {}
         self._jobs: dict[str, LayerJob] = {}
@@ -89,32 +92,41 @@ class Layers:
 
     def feed(self, images: Sequence[Image], beside: int = 0) -> None:
         """Begins to load what there is room for beside what is held for `images`, which are growing, in the order of
-        their start, and `beside` of others. There is always room for the first of them: it waits for no other."""
+        their start, and `beside` of others. There is always room for the layer that the first of them needs next: it
+        waits for no other."""
         self._held = beside + sum(self._weights.get(layer.key, 0) for image in images for layer in image.layers)
         self._first = images[0] if images else None
         self._has_room()
         first = {layer.key for layer in images[0].layers} if images else set()
+        missing = (layer.key for image in images[:1] for layer in image.layers if layer.key not in self._changesets)
+        needed = next(missing, None)
         reading = {key for key, future in self._reading.items() if not future.done()}
         loading = reading | {key for key, future in self._recalling.items() if not future.done()}
         queued = sum(self._jobs[key].layer.descriptor.size for key in reading)
-        for key, wanted in sorted(self._waiting.items(), key=lambda each: each[0] not in first):
+        # What was read waits here for the layers below it, however long these take and whatever it weighs.
+        done = [future for future in self._reading.values() if future.done() and future.exception() is None]
+        is_piled_up = sum(len(future.result()) for future in done) > _AHEAD
+        for key, wanted in sorted(self._waiting.items(), key=lambda each: (each[0] != needed, each[0] not in first)):
+            is_next = key == needed
             if not self._large.isdisjoint(loading):
                 return
             if key in self._large:
                 if key not in first:
                     continue
-                if loading:
+                if loading or self.abandoned():
                     return  # What is large has the memory for itself; what is being loaded comes to its end before.
+                if is_piled_up and not is_next:
+                    continue
                 self._read(wanted)
             elif wanted.recall:
                 most = budget.at_most(self._cache.size(wanted.layer))
-                if key not in first and not self._has_room(most):
+                if not is_next and not self._has_room(most):
                     continue
                 self._hold(key, most)
                 self._recalling[key] = self._pools.asking.submit(self._recall, wanted.layer, wanted.check)
             else:
                 queued += wanted.layer.descriptor.size
-                if len(reading) > self._pools.jobs and queued > _AHEAD:
+                if not is_next and (is_piled_up or (len(reading) > self._pools.jobs and queued > _AHEAD)):
                     continue
                 if key not in first and not self._has_room():
                     continue
@@ -159,6 +171,7 @@ class Layers:
 
     def _read(self, wanted: _Wanted) -> None:
         key = wanted.layer.key
+        self.reads += 1
         job = self._jobs[key] = LayerJob(
             repository=wanted.image.pinned.reference.repository,
             layer=wanted.layer,
@@ -184,7 +197,14 @@ class Layers:
         keys = {layer.key for image in images for layer in image.layers}
         futures: list[Future[Any]] = [f for key, f in self._reading.items() if key in keys]
         futures += [f for key, f in self._recalling.items() if key in keys]
+        if not self._large.isdisjoint(self._waiting):
+            futures += self._abandoned  # What is large is not begun beside them.
         return {future for future in futures if not future.done()}
+
+    def abandoned(self) -> set[Future[bytes]]:
+        """What is still being read though nobody needs it any more: until its end it takes memory and room."""
+        self._abandoned = {future for future in self._abandoned if not future.done()}
+        return self._abandoned
 
     def replace_broken(self, images: Iterable[Image]) -> None:
         """Reads layers again, each in a process of its own, after a process died: one of them killed it, not all."""
@@ -271,7 +291,9 @@ class Layers:
         self._changesets = {key: known for key, known in self._changesets.items() if key in needed}
         for key in [key for key in self._reading if key not in needed]:
             # What another has begun to read comes to its end, for nothing; what waits need not begin.
-            self._reading.pop(key).cancel()
+            future = self._reading.pop(key)
+            if not future.cancel():
+                self._abandoned.add(future)
         self._recalling = {key: future for key, future in self._recalling.items() if key in needed}
         self._refused = {key: error for key, error in self._refused.items() if key[0] in needed}
 

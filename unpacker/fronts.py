@@ -31,7 +31,14 @@ class Fronts:
         before what it led to goes. `failed` are the names that failed, whose standing ones stay as they are."""
         if not fronts and not removals:
             return
-        standing = {path for path, p in self._request.publisher.published().items() if isinstance(p, Published)}
+        try:
+            published = self._request.publisher.published()
+        except PublishError as unknown:
+            for action in (*fronts, *removals):
+                log.info("failed", name=action.public_path, error=str(unknown))
+                yield Outcome(action=action, done=Done.FAILED, error=unknown)
+            return
+        standing = {path for path, p in published.items() if isinstance(p, Published)}
         standing -= {a.public_path for a in removals}
         ready: list[tuple[Action, Published]] = []
         unready = set(failed)

@@ -19,7 +19,7 @@ from unpacker.publish.directory import DirectoryPublisher
 from unpacker.publish.layout import LOCK, POOL, ROOTS, TRASH, Layout
 from unpacker.publish.roots import FLAT, METADATA, UNREFERENCED, root_path, serialise_unreferenced
 
-_NO_NAMES = frozenset({".flat", ".metadata", ".unpacker", ".layers", ".chains", "lost+found"})
+_NO_NAMES = frozenset({".flat", ".metadata", ".unpacker", ".layers", ".chains", ".images", "lost+found"})
 """Top-level directories in which no symlink is a name of a root. In all others, and `.multiarch`, every one counts."""
 
 

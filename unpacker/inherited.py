@@ -17,6 +17,7 @@ from hashlib import sha256
 
 from unpacker.errors import UnpackerError
 from unpacker.image import Image
+from unpacker.multiarch import is_platform_of
 from unpacker.plan import Inheritance, Verb
 
 _FLAT = re.compile(r"\.flat/(?P<group>[0-9a-f]{2})/(?P<hex>(?P=group)[0-9a-f]{62})")
@@ -57,13 +58,15 @@ class Root:
 class Inherited:
     """One name that another tool published, as far as the tree itself tells: its root, and what is wrong with that.
 
-    `is_dangling` says that nothing is there. `layers` has what was noted of each layer's unpacked bytes (their
-    digest), by the hex of the layer's own digest; None where the layer was begun and never finished. It is None
-    itself where the tool kept no layers for this image.
+    `is_dangling` says that nothing is there, `is_absolute` that its link names a mounted repository, which may be
+    another one than this. `layers` has what was noted of each layer's unpacked bytes (their digest), by the hex of the
+    layer's own digest; None where the layer was begun and never finished. It is None itself where the tool kept no
+    layers for this image.
     """
 
     root: Root
     is_dangling: bool = False
+    is_absolute: bool = False
     faults: tuple[str, ...] = ()
     layers: Mapping[str, str | None] | None = None
 
@@ -82,9 +85,10 @@ def root_of(link: str, at: str) -> Root | None:
     return None
 
 
-def is_variant(link: str) -> bool:
-    """Whether a client fills in a part of this link: then it stands for images of several platforms."""
-    return "$(" in link
+def is_variant(link: str, at: str) -> bool:
+    """Whether a client fills in a part of the link at this path: then it stands for images of several platforms. Seen
+    through a client, as a mounted repository is, that is done already."""
+    return "$(" in link or is_platform_of(posixpath.normpath(posixpath.join(posixpath.dirname(at), link)), at)
 
 
 def judge(found: Inherited, image: Image) -> Inheritance:
@@ -103,7 +107,7 @@ def judge(found: Inherited, image: Image) -> Inheritance:
 
 def lost(found: Inherited) -> Inheritance:
     """What becomes of an inherited name that nobody wishes and that its registry no longer has."""
-    if found.is_dangling:
+    if found.is_dangling and not found.is_absolute:
         reason = f"its link, which {found.root.maker} made, leads to nothing, and the registry has it no more"
         return Inheritance(verb=Verb.REMOVE, reason=reason)
     reason = f"kept as {found.root.maker} left it: gone from the registry, so nothing can prove it"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from unpacker.digest import Digest
-from unpacker.multiarch import MULTIARCH
+from unpacker.multiarch import MULTIARCH, without_alias
 from unpacker.record import Published
 from unpacker.reference import DOCKER_HUB_API, DOCKER_HUB_SPELLINGS, TEXT_LIMIT, Reference, Repository, is_tag
 
@@ -65,7 +65,7 @@ def read(text: str, mounts: Sequence[str]) -> Asked:
     if rest == text and re.fullmatch(r"sha512:[0-9a-f]{128}", text):
         return Asked(text=text, digest=text)
     if rest.partition("/")[0] == MULTIARCH:
-        return Asked(text=text, paths=(rest,))
+        return Asked(text=text, paths=_spellings(rest))
     try:
         return _name(text, rest)
     except ValueError:
@@ -90,7 +90,12 @@ def _path(text: str, mounts: Sequence[str]) -> Asked:
     found = _tagged(below)
     if found is None:
         raise ValueError(f"{text!r} names no image (expected …/registry/repository:tag)")
-    return Asked(text=text, paths=(below,), name=found[0], tag=found[1])
+    return Asked(text=text, paths=_spellings(below), name=found[0], tag=found[1])
+
+
+def _spellings(path: str) -> tuple[str, ...]:
+    """A path, and before it the one by which it is recorded, if an alias of a platform is in it."""
+    return tuple(dict.fromkeys((without_alias(path), path)))
 
 
 def only_by_tag(asked: Asked, names: Iterable[str]) -> tuple[str, ...]:
@@ -102,7 +107,7 @@ def only_by_tag(asked: Asked, names: Iterable[str]) -> tuple[str, ...]:
 
 def _tagged(path: str) -> tuple[str, str] | None:
     if path.startswith(f"{MULTIARCH}/"):
-        path = path.split("/", 2)[2]
+        _, _, path = path.removeprefix(f"{MULTIARCH}/").partition("/")
     head, _, last = path.rpartition("/")
     name, colon, tag = last.partition(":")
     return (f"{head.partition('/')[2]}/{name}".lstrip("/"), tag) if colon else None

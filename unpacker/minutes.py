@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from unpacker import journal
+from unpacker.errors import PublishError
 from unpacker.plan import Done, Outcome
 from unpacker.record import Published, Unreadable
 from unpacker.report import status_note
@@ -64,4 +65,8 @@ def _note(
 ) -> bytes | None:
     standing = {path: p for path, p in published.items() if isinstance(p, Published)}
     owner = request.owner or "the command line"
-    return status_note(request.publisher.noted(STATUS), owner, standing, failures, int(request.clock()))
+    try:
+        before = request.publisher.noted(STATUS)
+    except PublishError:
+        before = None  # What cannot be read is written anew: no image is to fail for a note.
+    return status_note(before, owner, standing, failures, int(request.clock()))

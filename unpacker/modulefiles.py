@@ -49,12 +49,17 @@ def module_name(public_name: str) -> str:
 
 def files(images: Sequence[Loadable], wrapper: str, wrapper_directory: str) -> dict[str, str]:
     """The modulefiles of images by their paths, and the wrapper; `wrapper_directory` is where that will lie. Of two
-    images that are called alike, which only the spellings of Docker Hub bring about, the first by its name has it."""
+    images that are called alike, which only the spellings of Docker Hub and tags spelled like a digest bring about, the
+    one by digest has it, else the first by its name."""
     found = {WRAPPER: wrapper}
-    for image in sorted(images, key=lambda image: image.name):
+    for image in sorted(images, key=lambda image: (not _is_by_digest(image.name), image.name)):
         path = f"{MODULEFILES}/{module_name(image.name)}.lua"
         found.setdefault(path, modulefile(image, wrapper_directory))
     return found
+
+
+def _is_by_digest(public_name: str) -> bool:
+    return ":" in public_name.rpartition("/")[2].partition(":")[2]
 
 
 def modulefile(image: Loadable, wrapper_directory: str) -> str:
@@ -86,7 +91,12 @@ def modulefile(image: Loadable, wrapper_directory: str) -> str:
 
 
 def _label(labels: Mapping[str, str], keys: Sequence[str]) -> str:
-    return next((labels[key][:_TEXT_LIMIT].strip() for key in keys if labels.get(key, "").strip()), "")
+    return next((text for key in keys if (text := _on_one_line(labels.get(key, "")[:_TEXT_LIMIT]))), "")
+
+
+def _on_one_line(text: str) -> str:
+    # Whoever made the image wrote it: it must not move the cursor of who asks for help on a module.
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def lua(text: str) -> str:

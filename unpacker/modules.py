@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ from unpacker.settings import Modules
 LIST = ".unpacker-modules.json"
 _LOCK = ".unpacker-modules.lock"
 _LIMIT = 64 << 20
+_IN_THE_WAY = b"\0not a file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,13 +86,15 @@ def write(directory: str, files: Mapping[str, str], unsure: Mapping[str, str] | 
 def _write(directory: str, files: Mapping[str, str], unsure: Mapping[str, str]) -> Written:
     listed = _listed(directory)
     wanted = {path: text for path, text in unsure.items() if path not in listed} | dict(files)
-    data = {path: text.encode("utf-8", "surrogateescape") for path, text in wanted.items()}
+    # `a:1` is the file `a/1.lua`, so `a/1.lua:2` has no place: it must not keep all others from theirs.
+    placed = {path: text for path, text in wanted.items() if wanted.keys().isdisjoint(_above(path))}
+    data = {path: text.encode("utf-8", "surrogateescape") for path, text in placed.items()}
     ours: dict[str, bytes] = {}
     foreign: list[str] = []
     written: list[str] = []
     for path, content in sorted(data.items()):
         before = _content(f"{directory}/{path}")
-        if before is not None and path not in listed and before != content:
+        if before is not None and before != content and (path not in listed or before == _IN_THE_WAY):
             foreign.append(path)
             continue
         ours[path] = content
@@ -123,7 +126,7 @@ def _remove(directory: str, paths: list[str], listed: Mapping[str, str]) -> tupl
         content = _content(f"{directory}/{path}")
         if content is None:
             continue
-        if _digest(content) != listed[path]:
+        if _digest(content) != listed[path] or not _is_where_it_says(directory, path):
             changed.append(path)
             continue
         os.unlink(f"{directory}/{path}")
@@ -151,7 +154,18 @@ def _listed(directory: str) -> dict[str, str]:
 
 def _is_below(path: str) -> bool:
     # The list lies in a directory that others may write to; it must not make us remove anything elsewhere.
-    return not path.startswith("/") and ".." not in path.split("/")
+    return not path.startswith("/") and ".." not in path.split("/") and "\0" not in path
+
+
+def _is_where_it_says(directory: str, path: str) -> bool:
+    """Whether no symlink on the way makes a file of another directory of it."""
+    parent = os.path.dirname(path)
+    return os.path.realpath(f"{directory}/{parent}") == os.path.normpath(f"{os.path.realpath(directory)}/{parent}")
+
+
+def _above(path: str) -> Iterator[str]:
+    while path := os.path.dirname(path):
+        yield path
 
 
 def _store(directory: str, listed: Mapping[str, str]) -> None:
@@ -160,14 +174,17 @@ def _store(directory: str, listed: Mapping[str, str]) -> None:
 
 
 def _content(path: str) -> bytes | None:
-    """The bytes of a file; None if there is none. What is no file is none of ours, whatever it is."""
+    """The bytes of a file; None if there is none. What is no file is none of ours, whatever it is, and neither is what
+    stands where its directory belongs."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            return b"\0not a file"
+            return _IN_THE_WAY
         with open(path, "rb") as file:
             return file.read(_LIMIT)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        return _IN_THE_WAY
 
 
 def _replace(path: str, data: bytes, mode: int) -> None:

@@ -55,6 +55,13 @@ def public_path(public_path: str, place: Place, platform: Platform) -> str:
     return f"{MULTIARCH}/{directory(platform)}/{public_path}" if place is Place.PLATFORM else public_path
 
 
+def without_alias(path: str) -> str:
+    """The path of a name of one platform by the directory that it is in, where an alias stands in place of that."""
+    top, _, rest = path.partition("/")
+    alias, slash, below = rest.partition("/")
+    return f"{top}/{_ALIASES[alias]}/{below}" if top == MULTIARCH and slash and alias in _ALIASES else path
+
+
 def is_platform_of(name: str, front: str) -> bool:
     """Whether a name is that of one platform of what this front stands before."""
     top, _, rest = name.partition("/")

@@ -15,6 +15,7 @@ from unpacker import journal
 from unpacker.digest import Digest
 from unpacker.errors import PublishError, SettingsError
 from unpacker.lookup import Asked
+from unpacker.multiarch import MULTIARCH
 from unpacker.publish.roots import METADATA
 from unpacker.readers import Reader
 from unpacker.reference import Reference
@@ -55,7 +56,8 @@ def pending(asked: Asked, reader: Reader, settings: Settings, wishlist: Wishlist
 
 
 def _wish_for(path: str, wishes: Iterable[Wish]) -> Wish | None:
-    head, _, last = path.rpartition("/")
+    plain = path.split("/", 2)[-1] if path.startswith(f"{MULTIARCH}/") else path
+    head, _, last = plain.rpartition("/")
     name, _, tag = last.partition(":")
     try:
         if ":" in tag:
@@ -63,10 +65,10 @@ def _wish_for(path: str, wishes: Iterable[Wish]) -> Wish | None:
                 repository=Reference.parse(f"{head}/{name}:x").repository, tag=None, digest=Digest.parse(tag)
             )
         else:
-            reference = Reference.parse(path)
+            reference = Reference.parse(plain)
     except ValueError:
         return None
-    return next((wish for wish in wishes if wish.may_ask_for(reference)), None)
+    return next((w for w in wishes if w.may_ask_for(reference) and path in w.public_paths(reference)), None)
 
 
 def _noted(data: bytes | None) -> dict[str, tuple[int | None, str]]:
@@ -83,7 +85,10 @@ def _noted(data: bytes | None) -> dict[str, tuple[int | None, str]]:
 
 
 def _journalled(reader: Reader, settings: Settings) -> dict[str, tuple[int | None, str]]:
-    target = (settings.target or "").removeprefix("stratum0:")
+    target = settings.target or ""
+    if target.startswith("stratum0:"):
+        # Shells do not, behind a colon.
+        target = os.path.expanduser(target.removeprefix("stratum0:"))
     try:
         found = journal.load(journal.directory(settings.state_directory, os.path.realpath(target)))
     except (SettingsError, PublishError):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from unpacker.digest import Digest
 from unpacker.errors import PublishError, UnpackerError, WishlistError
 from unpacker.image import Image, Pinned, Unresolved
-from unpacker.multiarch import Place
+from unpacker.multiarch import Place, is_platform_of
 from unpacker.oci import Descriptor
 from unpacker.record import Published, Unreadable
 from unpacker.reference import Reference, Repository
@@ -173,6 +173,9 @@ def _decide(pinned: Pinned, before: Published | Unreadable | None, rules: Rules)
     if isinstance(before, Published):
         # What no wishlist published belongs to none, whoever wishes it now: it is removed only by name.
         owners = tuple(dict.fromkeys((*before.owners, *owners))) if before.owners else ()
+    elif before is not None and pinned.place is Place.FRONT and any(is_platform_of(p, path) for p in rules.inherited):
+        # Nor does the name before several platforms, where these are taken over.
+        owners = ()
 
     def act(verb: Verb, reason: str) -> Action:
         return Action(verb=verb, public_path=path, reason=reason, before=before, after=pinned, owners=owners)

@@ -115,7 +115,7 @@ def _inherit_one(source: Source, path: str, asked: Pinned | Reference) -> Inheri
         if isinstance(asked, Reference):
             return _orphan(source, path, asked)
         link = source.view.link(path)
-        if link is not None and is_variant(link):
+        if link is not None and is_variant(link, path):
             raise WishlistError(
                 f"DUCC published {path} for several platforms: wish it with `platforms:` to take it over as that"
             )
@@ -130,7 +130,7 @@ def _inherit_one(source: Source, path: str, asked: Pinned | Reference) -> Inheri
 def _orphan(source: Source, path: str, reference: Reference) -> Inheritance | None:
     """What becomes of a name that nobody wishes: it stays, and is mended if it needs to be and can be."""
     link = source.view.link(path)
-    if link is not None and is_variant(link):
+    if link is not None and is_variant(link, path):
         reason = "kept as DUCC left it: it stands for several platforms, and nobody wishes it"
         return Inheritance(verb=Verb.KEEP, reason=reason)
     found = _find(source.view, path, None)
@@ -159,7 +159,7 @@ def _find(view: View, path: str, reference: Reference | None) -> Inherited | Non
         link = view.link(place)
         root = None if link is None else root_of(link, place)
         if root is not None:
-            return _inspected(view, root)
+            return replace(_inspected(view, root), is_absolute=link is not None and link.startswith("/"))
     return None
 
 

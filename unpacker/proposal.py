@@ -6,12 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
 
 from unpacker.contracts import Registry
-from unpacker.errors import UnpackerError
 from unpacker.image import Pinned
 from unpacker.limits import Limits
-from unpacker.multiarch import Place
+from unpacker.multiarch import Place, is_platform_of
 from unpacker.report import Proposal
-from unpacker.resolve import complete, manifest_of, names_of, resolve
+from unpacker.resolve import complete, manifest_of, names_of, resolve, unforeseen
 from unpacker.wish import Wish
 
 
@@ -34,7 +33,7 @@ def propose(
     dropped = [wish for wish in old if wish.meaning not in after]
     resolution = resolve(added, registry, executor, limits)
     old_names, old_errors = names_of(dropped, registry, executor, resolution.listed)
-    still, _ = names_of([w for w in new if w.meaning in before and w.needs_listing], registry, executor, {})
+    still, uncertain = names_of([w for w in new if w.meaning in before and w.needs_listing], registry, executor, {})
     kept = {path for wish in new if wish.meaning in before for path in _literal_paths(wish)} | set(still)
     proposals: list[Proposal] = []
     wished = {pinned.public_path for pinned in resolution.pinned}
@@ -44,14 +43,16 @@ def propose(
     proposals += [
         Proposal(name=u.name, change="add", error=str(u.error)) for u in (*resolution.unresolved, *resolution.missing)
     ]
-    unknown = {u.name for u in (*resolution.unresolved, *resolution.missing)}
+    unsure = (*resolution.unresolved, *resolution.missing)
+    unknown = {u.reference.public_path for u in unsure if u.reference is not None}
+    unlisted = {str(u.repository) for u in unsure if u.reference is None} | uncertain.keys()
     proposals += [
         Proposal(name=path, change="drop")
         for path in old_names
         if path not in wished
         and path not in kept
-        and path not in unknown
-        and str(old_names[path].repository) not in unknown
+        and not any(path == name or is_platform_of(path, name) for name in unknown)
+        and str(old_names[path].repository) not in unlisted
     ]
     proposals += [Proposal(name=name, change="drop", error=str(error)) for name, error in old_errors.items()]
     return tuple(sorted(proposals, key=lambda p: p.name))
@@ -84,8 +85,8 @@ def _look_up(
     try:
         manifest, digest, platforms = manifest_of(pinned, registry, limits)
         image = complete(pinned, manifest, digest, registry, limits, may_become_public)
-    except UnpackerError as error:
-        return Proposal(name=path, change=change, digest=str(pinned.descriptor.digest), error=str(error))
+    except Exception as error:  # noqa: BLE001 - one image's failure, whatever it is, is its own
+        return Proposal(name=path, change=change, digest=str(pinned.descriptor.digest), error=str(unforeseen(error)))
     return Proposal(
         name=path,
         change=change,

@@ -16,13 +16,15 @@ from unpacker.lookup import Asked, near, only_by_tag
 from unpacker.multiarch import MULTIARCH
 from unpacker.publish import posix
 from unpacker.publish.layout import Layout
+from unpacker.publish.roots import FLAT, METADATA
 from unpacker.record import Published, Unreadable
 
 if TYPE_CHECKING:
     # Signatures and catalogs take a tenth of a second to import, which who has a directory as target does not pay.
     from unpacker.publish.stratum0 import Stratum0Publisher
 
-_FILE_LIMIT = 1 << 20
+_FILE_LIMIT = 64 << 20
+"""What says how ten thousand names stand has some megabytes."""
 
 
 class Reader(Protocol):
@@ -62,9 +64,13 @@ class DirectoryReader:
 
     def names(self) -> Iterable[str]:
         try:
-            return list(self._layout.public_names())
+            found = list(self._layout.public_names())
         except OSError as error:
             raise posix.failure(error, f"reading what is published in {self._layout.path}") from error
+        if not found and not any(os.path.isdir(f"{self._layout.path}/{name}") for name in (FLAT, METADATA)):
+            # Unknown is not empty: so looks a directory on which nothing is mounted just now.
+            raise PublishError(f"there are no published images in {self._layout.path} (is the repository mounted?)")
+        return found
 
     def standing(self, public_path: str) -> Published | Unreadable | None:
         try:
@@ -151,7 +157,9 @@ def find(asked: Asked, reader: Reader) -> Found | Missing:
         standing = reader.standing(path)
         if isinstance(standing, Published) and (not asked.digest or asked.is_of(standing)):
             return _found(path, standing, reader)
-        if isinstance(standing, Unreadable) and not asked.digest and not standing.is_foreign:
+        # Without a record only a name itself can say which digest it stands for.
+        fits = not asked.digest or path.endswith(f":{asked.digest}")
+        if isinstance(standing, Unreadable) and fits and not standing.is_foreign:
             return _found(path, None, reader)
     if asked.digest or asked.root:
         # Of names of one image the one before several platforms comes first, then those in the order of the alphabet.
@@ -160,7 +168,8 @@ def find(asked: Asked, reader: Reader) -> Found | Missing:
         if records:
             return _found(records[0].public_path, records[0], reader)
     names = list(reader.names())
-    tagged = only_by_tag(asked, names)
+    # `alpine` is what an image is called, and whoever asks for it does not mean `python:alpine`.
+    tagged = only_by_tag(asked, names) if any(map(str.isdigit, asked.text)) else ()
     if len(tagged) == 1:
         standing = reader.standing(tagged[0])
         return _found(tagged[0], standing if isinstance(standing, Published) else None, reader)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from unpacker.record import Published, Unreadable
 from unpacker.status import Failure, State, Status
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_BETWEEN_NAMES = re.compile(r'(?<=[^\\]")}, (?=")')
+"""Where one entry ends with a text and the next begins. In a text, a quotation mark has a backslash before it: so what
+somebody wrote that looks like this is none."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, width: int | None = None) -> str:
@@ -27,7 +31,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, width: int | 
     A table wider than `width` has two lines for each row, without a header: the first two cells, then, indented,
     those of the others that say anything. Names are never cut, because they are there to be copied.
     """
-    lines = [[_line(cell) for cell in row] for row in rows]
+    lines = [[one_line(cell) for cell in row] for row in rows]
     if not lines:
         return ""
     widths = [max(len(row[i]) for row in (header, *lines)) for i in range(len(header) - 1)]
@@ -56,13 +60,14 @@ def markdown_list(lines: Iterable[str]) -> str:
     return "".join(f"- {_escape(line)}\n" for line in lines)
 
 
-def _line(cell: str) -> str:
+def one_line(cell: str) -> str:
+    """A text with nothing in it but what can be seen, and blanks."""
     # A control character in a name or an error must not move the cursor of who reads the table.
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cell)
 
 
 def _escape(cell: str) -> str:
-    text = _line(cell)
+    text = one_line(cell)
     for character in "\\`*_[]<>|&#@":
         text = text.replace(character, f"&#{ord(character)};")
     return text
@@ -224,8 +229,8 @@ def status_note(
     except (ValueError, TypeError, KeyError, AttributeError):
         pass  # there is none yet, or not one of ours: it is written anew
     lists[owner] = {"finished": moment(now), "failing": failing}
-    # A name to a line, without the slow encoder that indents: in a string, a quotation mark has a backslash before it.
-    text = json.dumps({"schema": 1, "names": names, "wishlists": lists}).replace('}, "', '},\n"')
+    # A name to a line, without the slow encoder that indents.
+    text = _BETWEEN_NAMES.sub("},\n", json.dumps({"schema": 1, "names": names, "wishlists": lists}))
     return f"{text}\n".encode("ascii")
 
 

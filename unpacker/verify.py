@@ -11,7 +11,7 @@ from hashlib import file_digest
 from unpacker import listing
 from unpacker.changeset import Xattrs
 from unpacker.listing import Row
-from unpacker.multiarch import Place, leads_to
+from unpacker.multiarch import MULTIARCH, VARIANT, Place, leads_to
 from unpacker.publish import posix
 from unpacker.publish.layout import Layout
 from unpacker.publish.roots import FLAT
@@ -71,7 +71,9 @@ def verify(
     for records in names.values():
         for record in records:
             yield from _verify_link(layout, record)
-        for path, what in _verify_root(layout, records[0], None if quick else contents, unlisted):
+        # By a name that has a listing, if any does: another tool may have made a name of a root of ours.
+        listed = min(records, key=lambda record: record.is_adopted)
+        for path, what in _verify_root(layout, listed, None if quick else contents, unlisted):
             for record in records:
                 yield Problem(public_path=record.public_path, path=path, what=what)
 
@@ -84,13 +86,19 @@ def _verify_link(layout: Layout, record: Published) -> Iterator[Problem]:
             what = "it has no public link"
         elif not leads_to(record.root, found, name):
             what = f"its public link leads to {found or 'nowhere: it is no link'}, the record names {record.root}"
-        elif not os.path.exists(f"{layout.path}/{name}"):
+        elif not os.path.exists(f"{layout.path}/{name}") and not _serves_others(layout, record):
             what = f"dangling link: {record.root} does not exist"
         else:
             return
     except OSError as error:
         raise posix.failure(error, f"reading {name} in {layout.path}") from error
     yield Problem(public_path=name, path="", what=what)
+
+
+def _serves_others(layout: Layout, record: Published) -> bool:
+    """Whether a link that leads each machine its own way leads any machine to an image, if not this one."""
+    directories = layout.names(MULTIARCH) if record.place is Place.FRONT and VARIANT in record.root else []
+    return any(os.path.exists(f"{layout.path}/{MULTIARCH}/{name}/{record.public_path}") for name in directories)
 
 
 def _verify_root(

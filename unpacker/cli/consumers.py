@@ -59,12 +59,13 @@ def use(
 def _print_found(found: Found, reader: Reader, settings: Settings, consumer: str | None, *, json: bool) -> None:
     from unpacker.consumers import CONSUMERS, Usable, lines
     from unpacker.modulefiles import module_name
+    from unpacker.multiarch import MULTIARCH
 
     image = Usable(
         path=f"{reader.mount.rstrip('/')}/{found.name}",
         gpu=found.record is not None and found.record.gpu,
         apptainer=settings.modules.apptainer,
-        module=module_name(found.name),
+        module="" if found.name.startswith(f"{MULTIARCH}/") else module_name(found.name),
     )
     texts: dict[str, tuple[str, ...]] = {}
     for name in (consumer,) if consumer is not None else CONSUMERS:

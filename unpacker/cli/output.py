@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -32,7 +33,8 @@ def print_faults(found: Wishlist) -> None:
 
 def complain(message: str) -> None:
     """A line for the person who started this, where it does not mix with the output."""
-    print(f"unpacker: {message}", file=sys.stderr)
+    # What names and registries say in it must not move the cursor of who reads it.
+    print("\n".join(map(report.one_line, f"unpacker: {message}".split("\n"))), file=sys.stderr)
 
 
 def warn(warnings: Iterable[str]) -> None:
@@ -49,6 +51,8 @@ def warn_of_nothing(only: str | None, resolution: Resolution) -> None:
 def check_report(path: str | None) -> None:
     """SettingsError if the report could not be written: said before an hour's work, not after it."""
     directory = os.path.dirname(path or "") or "."
+    if path is not None and _is_no_file(path):
+        return
     if path is not None and (os.path.isdir(path) or not os.access(directory, os.W_OK | os.X_OK)):
         problem = "it is a directory" if os.path.isdir(path) else f"{directory} is no directory that can be written to"
         raise SettingsError(f"cannot write the report {path}: {problem}")
@@ -61,10 +65,20 @@ def write_report(
     if path is None:
         return
     text = report.markdown(header, rows) + "\n" + summary if path.endswith(".md") else report.as_json(value)
-    temporary = f"{path}.{os.getpid()}"
+    written = path if _is_no_file(path) else f"{path}.{os.getpid()}"
     try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        with open(written, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
-        os.replace(temporary, path)
+        if written != path:
+            os.replace(written, path)
     except OSError as error:
         raise SettingsError(f"cannot write the report {path}: {error.strerror}") from None
+
+
+def _is_no_file(path: str) -> bool:
+    """Whether something stands there that is written to and not replaced, such as /dev/stdout."""
+    try:
+        own = os.lstat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(own) and not stat.S_ISDIR(own)

@@ -7,7 +7,6 @@ is done before the modules of a run would be loaded.
 from __future__ import annotations
 
 import os
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict

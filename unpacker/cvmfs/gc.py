@@ -1,15 +1,17 @@
 """Collects the garbage of a repository: old revisions, and the objects that no kept revision reaches.
 
-    mark what is kept → list the store → reference log without the condemned → catalogs deleted → sync → all others
+    mark what is kept → list the store → orphans deleted → reference log without the condemned → all others deleted
 
 Everything is read before anything is written: what cannot be read may refer to anything. A kill leaves objects that
 nothing refers to, for the next collection, and never a reference to what is gone. Catalogs go first, because others
-take a catalog that is there for proof that all below it is.
+take a catalog that is there for proof that all below it is. Orphans go before anything is written, because they may be
+what fills the disk.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -21,7 +23,7 @@ from unpacker.cvmfs.hash import ContentHash
 from unpacker.cvmfs.history import PREVIOUS, TRUNK
 from unpacker.cvmfs.manifest import Manifest
 from unpacker.cvmfs.reflog import Kind, Ref, Reflog
-from unpacker.cvmfs.repository import CATALOG_LIMIT, Repository
+from unpacker.cvmfs.repository import CATALOG_LIMIT, LOCK, Repository
 from unpacker.cvmfs.scrub import SCRATCH, listed, parse_name
 from unpacker.cvmfs.transaction import transaction
 from unpacker.errors import PublishError
@@ -41,6 +43,13 @@ class Collected:
     objects: int
     freed: int
 
+    def plus(self, other: Collected) -> Collected:
+        return Collected(
+            revisions=self.revisions + other.revisions,
+            objects=self.objects + other.objects,
+            freed=self.freed + other.freed,
+        )
+
 
 def collect(
     repository: Repository, *, keep: float, grace: float, now: float, dry_run: bool, wait: float = 0
@@ -56,17 +65,28 @@ def collect(
         return _plan(repository, repository.manifest(), _published_log(repository), keep, grace, now).collected
     with transaction(repository, now=int(now), wait=wait) as within:
         plan = _plan(repository, within.base, within.reflog, keep, grace, now)
-        if plan.condemned:
-            within.replace_reflog(within.reflog.without(ref.hash for ref in plan.condemned))
         try:
-            _delete(path for path, is_catalog in plan.garbage if is_catalog)
-            # A power failure must not bring catalogs back whose files are gone.
-            repository.sync()
-            _delete(path for path, is_catalog in plan.garbage if not is_catalog)
+            _delete_all(repository, plan.orphans)
+            if plan.condemned:
+                within.replace_reflog(within.reflog.without(ref.hash for ref in plan.condemned))
+            _delete_all(repository, plan.garbage)
             _note_collection(repository, now)
         except OSError as error:
             raise posix.failure(error, f"deleting garbage of {repository.name}") from error
     return plan.collected
+
+
+def reclaim(repository: Repository, *, now: float, wait: float = 0) -> None:
+    """Deletes what was stored since our lock was taken and no revision leads to. For who holds that lock, and has
+    nothing under way. PublishError if anything in use cannot be told; then nothing is deleted."""
+    with transaction(repository, now=int(now), wait=wait) as within:
+        plan = _plan(repository, within.base, within.reflog, math.inf, -math.inf, now)
+        try:
+            since = os.stat(f"{repository.directory}/{LOCK}").st_ctime  # When its holder signed it.
+            young = [one for one in plan.orphans if os.stat(one[0], follow_symlinks=False).st_ctime >= since]
+            _delete_all(repository, young)
+        except OSError as error:
+            raise posix.failure(error, f"deleting what was not published in {repository.name}") from error
 
 
 def weigh(repository: Repository, paths: Collection[str]) -> int:
@@ -118,16 +138,18 @@ def _note_collection(repository: Repository, now: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The entries of the reference log to take out; the objects to delete, and whether each is a catalog."""
+    """The entries of the reference log to take out; the objects to delete after that (`garbage`), and those to which
+    nothing leads (`orphans`), each with whether it is a catalog."""
 
     condemned: list[Ref]
     garbage: list[tuple[str, bool]]
+    orphans: list[tuple[str, bool]]
     freed: int
 
     @property
     def collected(self) -> Collected:
         revisions = sum(ref.kind is Kind.CATALOG for ref in self.condemned)
-        return Collected(revisions=revisions, objects=len(self.garbage), freed=self.freed)
+        return Collected(revisions=revisions, objects=len(self.garbage) + len(self.orphans), freed=self.freed)
 
 
 class _Reached:
@@ -153,7 +175,8 @@ def _plan(repository: Repository, base: Manifest, log: Reflog, keep: float, grac
     reached.digests.update(ref.hash.digest for ref in kept)
     lost = _lost(repository, [ref.hash for ref in condemned if ref.kind is Kind.CATALOG], reached)
     lost.update(ref.hash.digest for ref in condemned)
-    garbage = []
+    garbage: list[tuple[str, bool]] = []
+    orphans: list[tuple[str, bool]] = []
     freed = 0
     for path, digest, suffix in _stored(repository):
         if digest in reached.digests:
@@ -166,9 +189,9 @@ def _plan(repository: Repository, base: Manifest, log: Reflog, keep: float, grac
             raise posix.failure(error, f"looking at {path} (nothing is deleted)") from error
         # The later one: a batch is renamed long after its first object was written.
         if digest in lost or max(own.st_mtime, own.st_ctime) <= now - grace:
-            garbage.append((path, suffix == objects.CATALOG))
+            (garbage if digest in lost else orphans).append((path, suffix == objects.CATALOG))
             freed += own.st_blocks * 512
-    return _Plan(condemned, garbage, freed)
+    return _Plan(condemned, garbage, orphans, freed)
 
 
 def judge(refs: Iterable[Ref], pinned: Collection[ContentHash], before: float) -> tuple[list[Ref], list[Ref]]:
@@ -251,6 +274,15 @@ def _stored(repository: Repository) -> Iterator[tuple[str, bytes, str]]:
                 found = parse_name(group.name, entry.name)
                 if found is not None and entry.is_file(follow_symlinks=False):
                     yield entry.path, found[0].digest, found[1]
+
+
+def _delete_all(repository: Repository, garbage: Collection[tuple[str, bool]]) -> None:
+    if not garbage:
+        return
+    _delete(path for path, is_catalog in garbage if is_catalog)
+    # A power failure must not bring catalogs back whose files are gone.
+    repository.sync()
+    _delete(path for path, is_catalog in garbage if not is_catalog)
 
 
 def _delete(paths: Iterable[str]) -> None:

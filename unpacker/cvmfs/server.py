@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -102,7 +101,7 @@ class Server:
         is no empty repository."""
         try:
             mounted = self.is_mounted(self.readonly)
-            stat.S_ISDIR(os.stat(self.readonly).st_mode)
+            os.stat(self.readonly)
         except OSError as error:
             raise posix.failure(error, f"looking at the mount of {self.name}; try cvmfs_server mount") from error
         if not mounted:

@@ -128,7 +128,11 @@ class Session:
             reason = self._foreign() if self._holder() is not None else ""
             if not reason:
                 token = self._new()
-                done = self._run(token, "transaction", where, mark=json.dumps(_mark(token)))
+                try:
+                    done = self._run(token, "transaction", where, mark=json.dumps(_mark(token)))
+                except BaseException:
+                    self._take_back(token)
+                    raise
                 if done.code == 0:
                     return token
                 self._give_up(token, done)
@@ -149,6 +153,15 @@ class Session:
             self._abort(token)
         else:
             self._forget()
+
+    def _take_back(self, token: _Token) -> None:
+        """Leaves nothing open for who was told to stop while it was opened. What cannot be told to be ours keeps its
+        token, for the next run to look at."""
+        try:
+            if self._holder() == token.token:
+                self._abort(token)
+        except PublishError as error:
+            log.warning("a transaction stays open until the next run", why=str(error))
 
     # Ending ----------------------------------------------------------------------------------------------------------
 

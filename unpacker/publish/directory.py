@@ -14,7 +14,7 @@ from unpacker.publish import posix
 from unpacker.publish.layout import LOCK, OURS, POOL, ROOTS, TRASH, TXN, Layout
 from unpacker.publish.pool import ContentPool
 from unpacker.publish.roots import FLAT, METADATA, root_path
-from unpacker.publish.transaction import DirectoryTransaction
+from unpacker.publish.transaction import STAGED, DirectoryTransaction
 from unpacker.publish.view import DirectoryView
 from unpacker.record import Published, Unreadable
 
@@ -113,7 +113,7 @@ class DirectoryPublisher:
         groups = [name for name in self.layout.names(FLAT) if len(name) == 2]
         for group in groups:
             for name in self.layout.names(f"{FLAT}/{group}"):
-                if name.startswith("."):
+                if name.startswith(".") and STAGED in name:
                     self._remove_tree(f"{FLAT}/{group}", name)
         left = [(place, name) for place in (TRASH, TXN) for name in self.layout.names(place)]
         if left:
@@ -154,7 +154,7 @@ class DirectoryPublisher:
             for path, record in published.items()
             if isinstance(record, Published)
             and record.place is not Place.FRONT
-            and not os.path.isdir(f"{self.path}/{record.root}")
+            and not os.path.isdir(f"{self.layout.path}/{record.root}")
         )
 
     def view(self) -> DirectoryView:
@@ -189,7 +189,7 @@ class DirectoryPublisher:
     def noted(self, name: str) -> bytes | None:
         """What `.metadata/<name>` holds, if it is there."""
         try:
-            return self.layout.read(f"{METADATA}/{name}")
+            return self.layout.read(f"{METADATA}/{name}", None)
         except FileNotFoundError:
             return None
         except OSError as error:

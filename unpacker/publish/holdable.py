@@ -6,8 +6,9 @@ this is applied before a tree is written, so that what is recorded is what clien
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from unpacker.changeset import Kind
@@ -38,10 +39,8 @@ def held(tree: Tree, abilities: Abilities) -> tuple[Tree, Mapping[str, int]]:
     """
     counts: Counter[str] = Counter()
     reserved = [path for path, _ in walk(tree) if _is_reserved(path.rpartition("/")[2])]
-    root = tree.root
-    for path in reversed(reserved):  # what is in a directory before the directory
-        root = _replaced(root, path.split("/"), None)
-        counts["markers"] += 1
+    root = _edited(tree.root, dict.fromkeys(reserved))
+    counts["markers"] = len(reserved)
 
     def rule(node: Node) -> Node | None:
         if type(node) is Special and node.kind is Kind.FIFO and not abilities.specials:
@@ -68,9 +67,8 @@ def marked(tree: Tree) -> tuple[Tree, int]:
     """
     root = tree.root
     places = (*cuts(sizes(root)), "")
-    for place in places:
-        root = _with_marker(root, place.split("/") if place else [])
-    return Tree(root, tree.implied), len(places)
+    markers = {posixpath.join(place, MARKER): _marker(root, place) for place in places}
+    return Tree(_edited(root, markers), tree.implied), len(places)
 
 
 def _is_reserved(name: str) -> bool:
@@ -81,26 +79,44 @@ def _is_held(name: str, value: bytes) -> bool:
     return len(name_bytes(name)) <= XATTR_LIMIT and len(value) <= XATTR_LIMIT
 
 
-def _with_marker(root: Directory, names: Sequence[str]) -> Directory:
+def _marker(root: Directory, place: str) -> File:
     directory: Node = root
-    for name in names:
+    for name in place.split("/") if place else ():
         assert isinstance(directory, Directory)
         directory = directory.children[name]
-    marker = File(0o644, directory.uid, directory.gid, directory.mtime_ns, (), 0, "")
-    return _replaced(root, [*names, MARKER], marker)
+    return File(0o644, directory.uid, directory.gid, directory.mtime_ns, (), 0, "")
 
 
-def _replaced(root: Directory, names: Sequence[str], node: Node | None) -> Directory:
-    """The directory with another node at a path below it, or with none there. Everything else is shared."""
-    above = [root]
-    for name in names[:-1]:
-        below = above[-1].children[name]
+def _edited(root: Directory, changes: Mapping[str, Node | None]) -> Directory:
+    """The directory with other nodes at these paths below it, or with none there. Everything else is shared.
+
+    Each directory on the way is copied once: how many changes there are in it is for the image to say.
+    """
+    if not changes:
+        return root
+    inside: dict[str, dict[str, Node | None]] = {"": {}}
+    for path, node in changes.items():
+        above, _, name = path.rpartition("/")
+        is_known = above in inside
+        inside.setdefault(above, {})[name] = node
+        while not is_known:
+            above = above.rpartition("/")[0]
+            is_known = above in inside
+            inside.setdefault(above, {})
+    order = sorted(inside, key=lambda path: path.count("/") if path else -1)
+    directories = {"": root}
+    for path in order[1:]:
+        above, _, name = path.rpartition("/")
+        below = directories[above].children[name]
         assert isinstance(below, Directory)
-        above.append(below)
-    for directory, name in zip(reversed(above), reversed(names), strict=True):
-        children = {key: child for key, child in directory.children.items() if key != name}
-        if node is not None:
-            children[name] = node
-        node = directory._replace(children=children)
-    assert isinstance(node, Directory)
-    return node
+        directories[path] = below
+    for path in reversed(order):
+        edits = inside[path]
+        children = {name: child for name, child in directories[path].children.items() if name not in edits}
+        children.update((name, node) for name, node in edits.items() if node is not None)
+        directories[path] = directories[path]._replace(children=children)
+        if path:
+            above, _, name = path.rpartition("/")
+            # What is taken away is not put back for a change below it.
+            inside[above].setdefault(name, directories[path])
+    return directories[""]

@@ -7,7 +7,8 @@
               name   <public path>  <root>  <record>
               root   <root's name>  <facts>
               layer  <hex of the digest of a layer that came with one of these roots as a directory>
-    others    <public path>  <root>: names that lead somewhere, and of which there is no record
+    others    <public path>  <root>: names that lead somewhere, and of which there is no record; %, tab and line feed
+              as %25, %09 and %0A, because others may write any name
 
 So a publish rewrites one part or two, however many images there are. Records and facts are JSON, parsed when they are
 asked for. The records of single names, for other readers and for making a lost index anew, are beside it in
@@ -179,7 +180,7 @@ def parse_head(data: bytes, what: str) -> int:
 
 def serialise_others(others: Mapping[str, str]) -> bytes:
     """The bytes of `others`; none if there are no such names."""
-    return b"".join(b"%b\t%b\n" % (_bytes(path), _bytes(root)) for path, root in sorted(others.items()))
+    return b"".join(b"%b\t%b\n" % (_escaped(path), _escaped(root)) for path, root in sorted(others.items()))
 
 
 def parse_others(data: bytes) -> dict[str, str]:
@@ -191,7 +192,7 @@ def parse_others(data: bytes) -> dict[str, str]:
         path, tab, root = line.partition(b"\t")
         if not tab:
             raise ValueError(f"not a name and a root: {line[:50]!r}")
-        found[_text(path)] = _text(root)
+        found[_plain(path)] = _plain(root)
     return found
 
 
@@ -252,6 +253,14 @@ def _record(public_path: str, value: Any) -> Published | Unreadable:
 
 def _of_another_version(what: str) -> PublishError:
     return PublishError(f"{what} was written by another version of unpacker: use that version, or a newer one")
+
+
+def _escaped(text: str) -> bytes:
+    return _bytes(text).replace(b"%", b"%25").replace(b"\t", b"%09").replace(b"\n", b"%0A")
+
+
+def _plain(data: bytes) -> str:
+    return _text(data.replace(b"%0A", b"\n").replace(b"%09", b"\t").replace(b"%25", b"%"))
 
 
 def _bytes(text: str) -> bytes:

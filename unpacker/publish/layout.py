@@ -69,7 +69,8 @@ class Layout:
             return []
 
     def read(self, path: str, limit: int | None = _RECORD_LIMIT) -> bytes:
-        """The bytes of one of our files, cut at the limit: nothing of ours is that long."""
+        """The bytes of one of our files, cut at the limit: no record is that long. None is for what grows with the
+        target."""
         fd = os.open(f"{self.path}/{path}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as file:
             return file.read() if limit is None else file.read(limit)
@@ -272,7 +273,7 @@ class Layout:
     def unreferenced(self) -> dict[str, int]:
         """When each root lost its last name, as recorded; ValueError if that is damaged."""
         try:
-            data = self.read(UNREFERENCED)
+            data = self.read(UNREFERENCED, None)
         except FileNotFoundError:
             return {}
         return parse_unreferenced(data)

@@ -9,6 +9,7 @@ a pool. Each byte is written once into the union mount. Reading is from the moun
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -93,6 +94,9 @@ class ServerPublisher(DirectoryPublisher):
         self.subdirectory = subdirectory
         self._contents: LocalContents = LocalContents(f"{state}/contents")
         self._session = Session(server)
+        # Held while the official tools unmount and mount: what is open there then makes them use force, and who reads
+        # then finds an empty directory.
+        self._mounting = threading.RLock()
         self._wait = 0.0
 
     @property
@@ -159,6 +163,11 @@ class ServerPublisher(DirectoryPublisher):
         """What is published, another tool's things included; not what somebody has in an open transaction."""
         return DirectoryView(self.server.published(self.subdirectory))
 
+    def root(self, image_id: str, rules: str) -> str | None:
+        """As every publisher's; asked while a transaction is open, it answers after that."""
+        with self._mounting:
+            return super().root(image_id, rules)
+
     def room(self, size: int, entries: int) -> None:
         """Raises PublishError if the pool or the spool area cannot take this many bytes and inodes more."""
         posix.check_room(self._contents.root, size, entries)
@@ -175,6 +184,7 @@ class ServerPublisher(DirectoryPublisher):
         )
         with (
             self._alone(message, self._wait),
+            self._mounting,
             self._session.transaction(message, self.subdirectory, self._wait) as stock,
         ):
             made = set(self._made)
@@ -194,8 +204,9 @@ class ServerPublisher(DirectoryPublisher):
             finally:
                 transaction.close()
             if has_changed:
-                stock.publish()
+                # Before, because it may fail after it has published: what is there then is not damaged.
                 self._made = made
+                stock.publish()
 
 
 def expiring(server: Server, now: float) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from unpacker.cvmfs.reader import Found, Reader
 from unpacker.cvmfs.row import SYMLINK, content_of
 from unpacker.digest import Digest
 from unpacker.errors import PublishError
-from unpacker.multiarch import MULTIARCH, Place
+from unpacker.multiarch import MULTIARCH
 from unpacker.publish import index as indexes
 from unpacker.publish.index import Index, Line, Part, number_for, number_of
 from unpacker.publish.roots import (
@@ -219,26 +219,41 @@ class Snapshot:
     def _read_index(self) -> Index:
         try:
             # Where there is one of the old version, that version was the last to publish here.
-            old = self.file(indexes.OLD, indexes.LIMIT)
+            old = self._file(indexes.OLD)
             if old is not None:
-                return Index(0, {}, indexes.parse_old(old, f"{indexes.OLD} of {self._what}"))
-            head = self.file(f"{indexes.DIRECTORY}/{indexes.HEAD}")
+                return Index(0, {}, indexes.parse_old(self._of_index(old), f"{indexes.OLD} of {self._what}"))
+            head = self._file(f"{indexes.DIRECTORY}/{indexes.HEAD}")
             if head is not None:
-                return self._stored_index(indexes.parse_head(head, f"{indexes.DIRECTORY} of {self._what}"))
+                what = f"{indexes.DIRECTORY} of {self._what}"
+                return self._stored_index(indexes.parse_head(self._of_index(head), what))
         except ValueError as error:
             self._warn(error)
         return self._rebuilt()
 
     def _stored_index(self, revision: int) -> Index:
-        tokens: dict[str, str] = {}
-        for found in self._reader.children(f"/{indexes.DIRECTORY}"):
-            if not found.row.is_directory and not found.row.flags & SYMLINK and found.row.size <= indexes.LIMIT:
-                tokens[posixpath.basename(found.path)] = content_of(found.row, found.chunks).token
+        files = {
+            posixpath.basename(found.path): found
+            for found in self._reader.children(f"/{indexes.DIRECTORY}")
+            if not found.row.is_directory and not found.row.flags & SYMLINK
+        }
 
         def read(name: str) -> bytes | None:
-            return self._bytes(tokens[name]) if name in tokens else None
+            return self._of_index(files[name]) if name in files else None
 
         return Index(revision, indexes.parse_others(read(indexes.OTHERS) or b""), {}, read)
+
+    def _of_index(self, found: Found) -> bytes:
+        """The bytes of a file of the index. ValueError where they are lost for good, because the records say the same;
+        PublishError where they could not be read this time."""
+        if found.row.size > indexes.LIMIT:
+            raise ValueError(f"{found.path[1:]} has {found.row.size} bytes, more than the {indexes.LIMIT} that it may")
+        content = content_of(found.row, found.chunks)
+        try:
+            return self._bytes(content.token)
+        except PublishError as error:
+            if all(self._contents.objects.is_sound(name, suffix) for name, suffix in content.objects):
+                raise
+            raise ValueError(str(error)) from error
 
     def _mend(self, error: ValueError) -> None:
         self._warn(error)
@@ -258,8 +273,8 @@ class Snapshot:
             record = None if data is None else indexes.parse_record(path, data)
             if isinstance(record, Published):
                 names[path] = indexes.name_line(record)
-                if record.place is Place.FRONT:
-                    continue
+                if number_of(record.root) is None:
+                    continue  # a front, or a root of another tool's that never becomes ours
                 facts = RootFacts(
                     image_id=record.image_id,
                     rules=record.rules,
@@ -269,10 +284,14 @@ class Snapshot:
                     layers=record.layers,
                 )
                 roots[posixpath.basename(record.root)] = indexes.root_line(facts)
-                layers.update(
-                    hexadecimal for digest in record.layers if self.has(layer_path(hexadecimal := digest[7:]))
-                )
+                if not record.is_adopted:
+                    layers.update(filter(self._has_layer_of_ours, (digest[7:] for digest in record.layers)))
         return Index(0, {}, indexes.parts_of(names, roots, layers))
+
+    def _has_layer_of_ours(self, hexadecimal: str) -> bool:
+        # DUCC has its notes on a layer beside it, and may need it for images that are none of ours.
+        path = layer_path(hexadecimal)
+        return self.has(path) and not self.has(f"{path}/.metadata")
 
 
 def _target(public_path: str, found: Found) -> str:

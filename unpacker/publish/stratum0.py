@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+from unpacker.cvmfs import gc, spool
 from unpacker.cvmfs import keys as key_files
-from unpacker.cvmfs import spool
 from unpacker.cvmfs.contents import RepositoryContents
 from unpacker.cvmfs.reader import Reader
 from unpacker.cvmfs.repository import Repository
@@ -90,6 +90,11 @@ class Stratum0Publisher:
         return True
 
     @property
+    def wait(self) -> float:
+        """How many seconds who holds the lock waits for the official tools."""
+        return self._wait
+
+    @property
     def repository(self) -> Repository:
         """The repository; its keys are there only under the lock."""
         with self._guard:
@@ -106,15 +111,22 @@ class Stratum0Publisher:
             return self._contents
 
     def reclaim(self) -> None:
-        """Nothing: which objects are garbage is for `gc` to find out."""
+        """Deletes what was stored under this lock and nothing published leads to; not where the official tools manage
+        the repository, because what was stored may be theirs."""
+        if self.repository.spool is None:
+            gc.reclaim(self.repository, now=self._clock(), wait=self._wait)
 
     def concerns(self) -> tuple[str, ...]:
         """What an operator should know before it is too late."""
         try:
-            left = self.repository.days_left(int(self._clock()))
+            repository = self.repository
         except PublishError:
             return ()  # said by whatever is to be done with the repository
-        return whitelist_concerns(self.repository.name, left, f"unpacker resign stratum0:{self.path}")
+        try:
+            left = repository.days_left(int(self._clock()))
+        except PublishError as error:
+            return (str(error),)  # To look at what stands there needs no whitelist, but clients do.
+        return whitelist_concerns(repository.name, left, f"unpacker resign stratum0:{self.path}")
 
     # The lock --------------------------------------------------------------------------------------------------------
 
@@ -173,7 +185,12 @@ class Stratum0Publisher:
         """What stands published, by public path. A link without its record is Unreadable; a record without its link is
         no published name."""
         with self.snapshot() as found:
-            return found.published(self._parsed)
+            read = found.index
+            standing = found.published(self._parsed)
+            known = self._known
+            if found.index is not read and known is not None and known[1] is read:
+                self._known = (known[0], found.index)  # It was damaged: the next transaction writes all of it.
+            return standing
 
     def lost(self, published: Mapping[str, Published | Unreadable]) -> frozenset[str]:
         """None: names and roots are of one revision, which comes and goes as a whole."""

@@ -137,8 +137,9 @@ class Stratum0Transaction:
         facts = RootFacts(image_id=record.image_id, rules=record.rules, entries=0, size=0, layers=record.layers)
         if not self._before.has(root):
             raise PublishError(f"{root} in {self._repository.name} vanished while it was being adopted; run again")
-        if root == root_path(name):
-            # With facts it is collected once nothing refers to it any more, as a root of ours.
+        if root == root_path(name) and self._before.facts(name) is None:
+            # With facts it is collected once nothing refers to it any more, as a root of ours. One that is ours
+            # already, to which another tool made a name, keeps its own.
             self._facts[name] = facts
         completed = facts.completed(record, root, self._before.get(record.public_path))
         self._records[record.public_path] = (completed, release.image.manifest.raw)

@@ -39,6 +39,9 @@ from unpacker.publish.roots import (
 from unpacker.record import Published, Unreadable
 from unpacker.tree import File, Tree
 
+STAGED = ".publish-"
+"""In the names that roots have before they are in place."""
+
 Link = Callable[[File, str, int], None]
 """Makes a name of a file in an open directory."""
 
@@ -76,7 +79,7 @@ class DirectoryTransaction:
         self._durable = durable
         self._made = made
         self._before = before
-        self._name = f"publish-{os.getpid()}-{secrets.token_hex(6)}"
+        self._name = f"{STAGED[1:]}{os.getpid()}-{secrets.token_hex(6)}"
         self._staged: dict[tuple[str, str], _Staged] = {}
         self._records: dict[str, tuple[Published, bytes]] = {}
         self._removed: dict[str, int] = {}
@@ -151,8 +154,13 @@ class DirectoryTransaction:
         facts = RootFacts(image_id=record.image_id, rules=record.rules, entries=0, size=0, layers=record.layers)
         if not os.path.isdir(f"{self._layout.path}/{root}"):
             raise PublishError(f"{root} in {self._layout.path} vanished while it was being adopted; run again")
-        if root == root_path(name):
-            # With facts it is collected once nothing refers to it any more, as a root of ours.
+        try:
+            is_known = root != root_path(name) or self._layout.facts(name) is not None
+        except OSError as error:
+            raise posix.failure(error, f"adopting {root} in {self._layout.path}") from error
+        if not is_known:
+            # With facts it is collected once nothing refers to it any more, as a root of ours. One that is ours
+            # already, to which another tool made a name, keeps its own.
             self._adopted[name] = facts
         completed = facts.completed(record, root, self._before.get(record.public_path))
         self._records[record.public_path] = (completed, release.image.manifest.raw)

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from unpacker import logs
 from unpacker.cvmfs import gc
-from unpacker.errors import PublishError
+from unpacker.errors import NoRoom, PublishError
 from unpacker.publish.roots import FLAT, LAYERS, METADATA, UNREFERENCED, layer_path, parse_unreferenced, root_path
 from unpacker.publish.snapshot import Snapshot
 from unpacker.publish.stratum0 import Stratum0Publisher
 
 log = logs.Log()
 
-_NO_NAMES = frozenset({FLAT, METADATA, LAYERS, ".chains", ".cvmfs"})
+_NO_NAMES = frozenset({FLAT, METADATA, LAYERS, ".images", ".chains", ".cvmfs"})
 """Top-level directories in which no symlink is a name of a root. In all others, every one counts."""
 
 
@@ -66,8 +66,14 @@ def collect(publisher: Stratum0Publisher, *, grace: float, keep: float, now: flo
         found = _collect_objects(publisher, keep=keep, grace=grace, now=now, dry_run=True)
     else:
         with publisher.lock():
-            plan, unlinked = _unlink(publisher, grace, now)
-            found = _collect_objects(publisher, keep=keep, grace=grace, now=now, dry_run=False)
+            early = gc.Collected(revisions=0, objects=0, freed=0)
+            try:
+                plan, unlinked = _unlink(publisher, grace, now)
+            except NoRoom:
+                # What is garbage already may be what fills the disk.
+                early = _collect_objects(publisher, keep=keep, grace=grace, now=now, dry_run=False)
+                plan, unlinked = _unlink(publisher, grace, now)
+            found = _collect_objects(publisher, keep=keep, grace=grace, now=now, dry_run=False).plus(early)
     return Collected(
         roots=tuple(plan.roots),
         layers=tuple(plan.layers),
@@ -87,7 +93,7 @@ def _collect_objects(
         # As cvmfs_server makes repositories, unless asked otherwise. Roots are unlinked all the same.
         log.info("objects stay: the repository forbids garbage collection", repository=repository.name)
         return gc.Collected(revisions=0, objects=0, freed=0)
-    return gc.collect(repository, keep=keep, grace=grace, now=now, dry_run=dry_run)
+    return gc.collect(repository, keep=keep, grace=grace, now=now, dry_run=dry_run, wait=publisher.wait)
 
 
 def _unlink(publisher: Stratum0Publisher, grace: float, now: float) -> tuple[_Plan, int]:
