@@ -8,7 +8,6 @@ of it, and a link always equals its record.
 
 from __future__ import annotations
 
-import posixpath
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,16 +30,15 @@ from unpacker.limits import Limits
 from unpacker.multiarch import MULTIARCH, Place
 from unpacker.publish import index as indexes
 from unpacker.publish.indexing import NextIndex, head_file
+from unpacker.publish.names import NameChanges
 from unpacker.publish.roots import (
     FLAT,
     METADATA,
     UNREFERENCED,
     RootFacts,
     free_name,
-    is_note,
     layer_path,
     parse_unreferenced,
-    refuse_foreign,
     root_path,
     serialise_unreferenced,
 )
@@ -56,7 +54,7 @@ _LINES = 200
 """How many lines a piece has on average."""
 
 
-class Stratum0Transaction:
+class Stratum0Transaction(NameChanges):
     """Made and ended by `Stratum0Publisher.transaction`, under the locks of the repository."""
 
     def __init__(
@@ -73,6 +71,7 @@ class Stratum0Transaction:
         now: int,
     ) -> None:
         """`made` are the roots published under this run's lock before; all that is stored goes into `batch`."""
+        super().__init__(repository.name, before.get)
         self._repository = repository
         self._contents = contents
         self._batch = batch
@@ -87,10 +86,7 @@ class Stratum0Transaction:
         self._facts: dict[str, RootFacts] = {}
         self._mounts: dict[str, Mount] = {}
         self._layers: dict[str, str] = {}
-        self._records: dict[str, tuple[Published, bytes]] = {}
-        self._removed: dict[str, int] = {}
         self._dropped: list[str] = []
-        self._notes: dict[str, bytes] = {}
         self._unreferenced: dict[str, int] | None = None
 
     @property
@@ -109,7 +105,7 @@ class Stratum0Transaction:
         record = release.record
         key = (record.image_id, record.rules)
         before = self._before.get(record.public_path)
-        refuse_foreign(before)
+        self._check_place(record.public_path)
         if release.adopted is not None:
             return self._adopt(release, release.adopted)
         name = self._fresh.get(key) or self._before.root(*key)
@@ -126,25 +122,13 @@ class Stratum0Transaction:
         found = self._facts.get(name) or self._before.facts(name)
         if found is None:
             raise PublishError(f"nothing is known of {root_path(name)} in {self._repository.name} any more; run again")
-        completed = found.completed(record, root_path(name), before)
-        self._records[record.public_path] = (completed, release.image.manifest.raw)
-        self._removed.pop(record.public_path, None)
-        return completed
+        return self._record(found.completed(record, root_path(name), before), release.image.manifest.raw)
 
-    def _adopt(self, release: Release, root: str) -> Published:
-        """Takes over a root that another tool made. Nothing of it is changed, nor read."""
-        record, name = release.record, posixpath.basename(root)
-        facts = RootFacts(image_id=record.image_id, rules=record.rules, entries=0, size=0, layers=record.layers)
-        if not self._before.has(root):
-            raise PublishError(f"{root} in {self._repository.name} vanished while it was being adopted; run again")
-        if root == root_path(name) and self._before.facts(name) is None:
-            # With facts it is collected once nothing refers to it any more, as a root of ours. One that is ours
-            # already, to which another tool made a name, keeps its own.
-            self._facts[name] = facts
-        completed = facts.completed(record, root, self._before.get(record.public_path))
-        self._records[record.public_path] = (completed, release.image.manifest.raw)
-        self._removed.pop(record.public_path, None)
-        return completed
+    def _stands(self, root: str) -> bool:
+        return self._before.has(root)
+
+    def _facts_of(self, name: str) -> RootFacts | None:
+        return self._before.facts(name)
 
     def _compose(self, release: Release) -> None:
         record, tree = release.record, release.tree
@@ -213,33 +197,11 @@ class Stratum0Transaction:
                 "collected as garbage?); the next run reads those layers again"
             )
 
-    def point(self, record: Published) -> Published:
-        """Publishes a front, with nothing but its record and its link."""
-        before = self._before.get(record.public_path)
-        refuse_foreign(before)
-        completed = record.succeeding(before)
-        self._records[record.public_path] = (completed, b"")
-        self._removed.pop(record.public_path, None)
-        return completed
-
-    def remove(self, public_paths: Sequence[str], *, now: int) -> None:
-        """Takes public names away; PublishError if one of them does not exist, and then none is taken."""
-        for path in public_paths:
-            refuse_foreign(self._before.get(path))
-        standing = {path for path in public_paths if self._before.get(path) is not None}
-        unknown = [path for path in public_paths if path not in standing and path not in self._records]
-        if unknown:
-            raise PublishError(f"not published in {self._repository.name}: {', '.join(unknown)}")
-        for path in public_paths:
-            self._records.pop(path, None)
-            if path in standing:
-                self._removed[path] = now
-
     def note(self, name: str, data: bytes) -> None:
         """Writes `.metadata/<name>` with everything else."""
-        if not is_note(name) or f"{METADATA}/{name}" in (indexes.DIRECTORY, indexes.OLD):
+        if f"{METADATA}/{name}" in (indexes.DIRECTORY, indexes.OLD):
             raise PublishError(f"not a name for a note: {name!r}")
-        self._notes[name] = data
+        super().note(name, data)
 
     def drop(self, paths: Sequence[str], unreferenced: Mapping[str, int]) -> None:
         """Takes roots and layers away that no name refers to, for gc; `unreferenced` says since when others wait."""
@@ -313,7 +275,7 @@ class Stratum0Transaction:
             root = index.set_name(record)
             if root is not None:
                 lost[root] = max(record.published, lost.get(root, record.published))
-        for name, facts in self._facts.items():
+        for name, facts in (self._adopted | self._facts).items():
             index.set_root(name, facts)
         for layer, name in self._layers.items():
             index.add_layer(layer, name)

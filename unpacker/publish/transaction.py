@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import posixpath
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -24,6 +24,7 @@ from unpacker.errors import PublishError
 from unpacker.multiarch import MULTIARCH, Place
 from unpacker.publish import posix
 from unpacker.publish.layout import POOL, ROOTS, TXN, Layout
+from unpacker.publish.names import NameChanges
 from unpacker.publish.pool import PoolLinks
 from unpacker.publish.roots import (
     FLAT,
@@ -31,8 +32,6 @@ from unpacker.publish.roots import (
     UNREFERENCED,
     RootFacts,
     free_name,
-    is_note,
-    refuse_foreign,
     root_path,
     serialise_unreferenced,
 )
@@ -55,7 +54,7 @@ class _Staged:
     facts: RootFacts
 
 
-class DirectoryTransaction:
+class DirectoryTransaction(NameChanges):
     """Made, committed and closed by `DirectoryPublisher.transaction`, under the target's lock."""
 
     def __init__(
@@ -74,6 +73,7 @@ class DirectoryTransaction:
         `pool` is the directory of the contents, if it is not the target's own; `write` writes a root, as
         `posix.write_tree` does. Not `durable` is for who makes all of it durable, and visible, in a step of its own.
         """
+        super().__init__(layout.path, before.get)
         self._layout = layout
         self._write = write
         self._durable = durable
@@ -81,12 +81,8 @@ class DirectoryTransaction:
         self._before = before
         self._name = f"{STAGED[1:]}{os.getpid()}-{secrets.token_hex(6)}"
         self._staged: dict[tuple[str, str], _Staged] = {}
-        self._records: dict[str, tuple[Published, bytes]] = {}
-        self._removed: dict[str, int] = {}
         self._damaged: set[str] = set()
-        self._notes: dict[str, bytes] = {}
         self._fds: list[int] = []
-        self._adopted: dict[str, RootFacts] = {}
         self._has_halves = False
         try:
             # Open before anything is written, so that the syncs hear of every page that was lost.
@@ -143,33 +139,20 @@ class DirectoryTransaction:
             raise posix.failure(error, f"composing the root of {record.reference} in {self._layout.path}") from error
         if facts is None:
             raise PublishError(f"{root} in {self._layout.path} vanished while it was being published; run again")
-        completed = facts.completed(record, root, before)
-        self._records[record.public_path] = (completed, release.image.manifest.raw)
-        self._removed.pop(record.public_path, None)
-        return completed
+        return self._record(facts.completed(record, root, before), release.image.manifest.raw)
 
-    def _adopt(self, release: Release, root: str) -> Published:
-        """Takes over a root that another tool made. Nothing of it is changed, nor read."""
-        record, name = release.record, posixpath.basename(root)
-        facts = RootFacts(image_id=record.image_id, rules=record.rules, entries=0, size=0, layers=record.layers)
-        if not os.path.isdir(f"{self._layout.path}/{root}"):
-            raise PublishError(f"{root} in {self._layout.path} vanished while it was being adopted; run again")
+    def _stands(self, root: str) -> bool:
+        return os.path.isdir(f"{self._layout.path}/{root}")
+
+    def _facts_of(self, name: str) -> RootFacts | None:
         try:
-            is_known = root != root_path(name) or self._layout.facts(name) is not None
+            return self._layout.facts(name)
         except OSError as error:
-            raise posix.failure(error, f"adopting {root} in {self._layout.path}") from error
-        if not is_known:
-            # With facts it is collected once nothing refers to it any more, as a root of ours. One that is ours
-            # already, to which another tool made a name, keeps its own.
-            self._adopted[name] = facts
-        completed = facts.completed(record, root, self._before.get(record.public_path))
-        self._records[record.public_path] = (completed, release.image.manifest.raw)
-        self._removed.pop(record.public_path, None)
-        return completed
+            raise posix.failure(error, f"reading what is known of {root_path(name)} in {self._layout.path}") from error
 
     def _check_place(self, public_path: str) -> None:
         """PublishError if something that is not ours stands in the place of a name, or on the way there."""
-        refuse_foreign(self._before.get(public_path))
+        super()._check_place(public_path)
         try:
             obstacle = self._layout.obstacle(public_path)
         except OSError as error:
@@ -213,32 +196,6 @@ class DirectoryTransaction:
         hexadecimal = Digest.parse(image_id).hex
         taken = {*self._layout.names(f"{FLAT}/{hexadecimal[:2]}"), *(staged.name for staged in self._staged.values())}
         return free_name(image_id, taken)
-
-    def point(self, record: Published) -> Published:
-        """Publishes a front, with nothing but its record and its link."""
-        self._check_place(record.public_path)
-        completed = record.succeeding(self._before.get(record.public_path))
-        self._records[record.public_path] = (completed, b"")
-        self._removed.pop(record.public_path, None)
-        return completed
-
-    def remove(self, public_paths: Sequence[str], *, now: int) -> None:
-        """Takes public names away; PublishError if one of them does not exist, and then none is taken."""
-        unknown = [path for path in public_paths if path not in self._before and path not in self._records]
-        if unknown:
-            raise PublishError(f"not published in {self._layout.path}: {', '.join(unknown)}")
-        for path in public_paths:
-            refuse_foreign(self._before.get(path))
-        for path in public_paths:
-            self._records.pop(path, None)
-            if path in self._before:
-                self._removed[path] = now
-
-    def note(self, name: str, data: bytes) -> None:
-        """Writes `.metadata/<name>` with everything else."""
-        if not is_note(name):
-            raise PublishError(f"not a name for a note: {name!r}")
-        self._notes[name] = data
 
     # Committing ------------------------------------------------------------------------------------------------------
 

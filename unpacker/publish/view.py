@@ -6,11 +6,15 @@ import errno
 import os
 import posixpath
 import stat
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TypeVar
 
 from unpacker.changeset import Kind
 from unpacker.errors import PublishError
 from unpacker.publish import posix
+
+T = TypeVar("T")
 
 _KINDS = {
     stat.S_IFREG: Kind.FILE,
@@ -31,63 +35,47 @@ class DirectoryView:
 
     def kind(self, path: str) -> Kind | None:
         """What stands at a path; None if nothing does."""
-        with ExitStack() as held:
-            at = self._parent(path, held)
-            if at is None:
-                return None
-            try:
-                own = os.stat(at[1], dir_fd=at[0], follow_symlinks=False)
-            except OSError as error:
-                self._raise_unless_absent(error, path)
-                return None
-        return _KINDS.get(stat.S_IFMT(own.st_mode))
+        return self._look(path, _kind)
 
     def link(self, path: str) -> str | None:
         """Where the symlink at a path leads to, as written; None if there is none."""
-        if self.kind(path) is not Kind.SYMLINK:
-            return None
-        with ExitStack() as held:
-            at = self._parent(path, held)
-            if at is None:
-                return None
-            try:
-                return os.readlink(at[1], dir_fd=at[0])
-            except OSError as error:
-                self._raise_unless_absent(error, path)
-                return None
+
+        def target(name: str, fd: int) -> str | None:
+            return os.readlink(name, dir_fd=fd) if _kind(name, fd) is Kind.SYMLINK else None
+
+        return self._look(path, target)
 
     def read(self, path: str, limit: int) -> bytes | None:
         """The bytes of the file at a path; None if there is none. PublishError if they are more than `limit`."""
-        if self.kind(path) is not Kind.FILE:
-            return None
-        with ExitStack() as held:
-            at = self._parent(path, held)
-            if at is None:
-                return None
-            try:
-                fd = os.open(at[1], os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at[0])
-                with open(fd, "rb") as file:
-                    return bounded(file.read(limit + 1), limit, path)
-            except OSError as error:
-                self._raise_unless_absent(error, path)
-                return None
 
-    def _parent(self, path: str, held: ExitStack) -> tuple[int, str] | None:
+        def data(name: str, fd: int) -> bytes | None:
+            if _kind(name, fd) is not Kind.FILE:
+                return None
+            with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd), "rb") as file:
+                return file.read(limit + 1)
+
+        found = self._look(path, data)
+        return None if found is None else bounded(found, limit, path)
+
+    def _look(self, path: str, at: Callable[[str, int], T | None]) -> T | None:
+        """What `at` finds under a name in an open directory; None where not even the directory is there."""
         directory, name = posixpath.split(path)
         try:
-            root = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            held.callback(os.close, root)
-            fd = posix.open_directory(directory, root)
-            held.callback(os.close, fd)
+            with ExitStack() as held:
+                root = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                held.callback(os.close, root)
+                fd = posix.open_directory(directory, root)
+                held.callback(os.close, fd)
+                return at(name, fd)
         except OSError as error:
-            self._raise_unless_absent(error, path)
-            return None
-        return fd, name
+            # Everything else that can go wrong says nothing about what is there.
+            if error.errno not in _NOT_THERE:
+                raise posix.failure(error, f"reading {path} in {self._root}") from error
+        return None
 
-    def _raise_unless_absent(self, error: OSError, path: str) -> None:
-        # Everything else that can go wrong says nothing about what is there.
-        if error.errno not in _NOT_THERE:
-            raise posix.failure(error, f"reading {path} in {self._root}") from error
+
+def _kind(name: str, fd: int) -> Kind | None:
+    return _KINDS.get(stat.S_IFMT(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode))
 
 
 def bounded(data: bytes, limit: int, path: str) -> bytes:
