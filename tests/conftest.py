@@ -10,6 +10,7 @@ import pytest
 
 from tests import docker_registry as debian
 from tests.fake_registry import FakeRegistry
+from unpacker.publish import posix
 
 _SETTINGS = (
     "DUCC_", "UNPACKER_", "DOCKER_", "REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR", "XDG_STATE_HOME",
@@ -28,6 +29,13 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     home = tmp_path_factory.getbasetemp() / "home"
     home.mkdir(exist_ok=True)
     monkeypatch.setenv("HOME", str(home))
+
+
+@pytest.fixture
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that do not pull the plug: syncing a busy machine's disk takes seconds each time."""
+    monkeypatch.setattr(posix, "syncfs", lambda fd: None)
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 @pytest.fixture

@@ -150,6 +150,8 @@ def run(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """`cvmfs_server` with these arguments, all that it says as its standard output."""
     assert SERVER is not None
     environment = {name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")}
+    # It becomes the repository's owner by `su`, which without this takes a system user's shell: `nologin`. CI has none.
+    environment.setdefault("SHELL", "/bin/sh")
     return subprocess.run(
         [SERVER, *arguments],
         cwd="/",
@@ -171,6 +173,8 @@ def _why_not() -> str | None:
         return "only root can run cvmfs_server mkfs"
     if shutil.which(WEB_SERVER) is None or shutil.which("service") is None:
         return "apache2 is not installed, or no service can be started"
+    if os.path.exists("/bin/systemctl") and not os.path.isdir("/run/systemd/system"):
+        return "cvmfs_server would ask systemd for apache2, which does not run here"
     if not os.path.exists("/dev/fuse"):
         return "there is no /dev/fuse"
     return None

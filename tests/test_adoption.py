@@ -61,6 +61,12 @@ class Adopting(Site):
         assert isinstance(found, Published)
         return found
 
+    def remove(self, name: str) -> DirectoryPublisher:
+        publisher = DirectoryPublisher(str(self.target))
+        with publisher.transaction("remove") as transaction:
+            transaction.remove([f"{self.fake.host}/{name}"], now=1000)
+        return publisher
+
     def files(self, root: str) -> dict[str, bytes]:
         top = self.target / root
         return {
@@ -176,9 +182,7 @@ def test_an_adopted_name_is_removed_by_name_and_its_root_collected_after_the_gra
     ducc = site.ducc()
     ducc.publish(f"{site.fake.host}/org/app:1.0", APP)
     site.run("HOST/org/app:1.0")
-    publisher = DirectoryPublisher(str(site.target))
-    with publisher.transaction("remove") as transaction:
-        transaction.remove([f"{site.fake.host}/org/app:1.0"], now=1000)
+    publisher = site.remove("org/app:1.0")
     assert collect(publisher, grace=100, now=1050, dry_run=False).roots == ()
     assert (site.target / ducc.flat(APP)).is_dir()
     assert collect(publisher, grace=100, now=2000, dry_run=False).roots == (ducc.flat(APP),)
@@ -191,9 +195,7 @@ def test_a_root_that_a_name_not_adopted_still_leads_to_is_not_collected(site: Ad
     ducc.publish(f"{site.fake.host}/org/app:1.0", APP)
     ducc.publish("elsewhere.example.org/org/app:1.0", APP)
     site.run("HOST/org/app:1.0", only=f"{site.fake.host}/*")
-    publisher = DirectoryPublisher(str(site.target))
-    with publisher.transaction("remove") as transaction:
-        transaction.remove([f"{site.fake.host}/org/app:1.0"], now=1000)
+    publisher = site.remove("org/app:1.0")
     assert collect(publisher, grace=100, now=2000, dry_run=False).roots == ()
 
 
@@ -297,6 +299,12 @@ class Old(Adopting):
         chosen = {"publisher": publisher, "predecessors": publisher.view()}
         return super().request(*images, text=text, **{**chosen, **options})
 
+    def withdraw(self, name: str) -> Stratum0Publisher:
+        publisher = self.publisher()
+        with publisher.transaction("remove") as transaction:
+            transaction.remove([f"{self.fake.host}/{name}"], now=NOW)
+        return publisher
+
     def record(self, name: str) -> Published:
         found = self.publisher().published()[f"{self.fake.host}/{name}"]
         assert isinstance(found, Published)
@@ -311,8 +319,7 @@ class Old(Adopting):
 
 
 @pytest.fixture
-def repository(tmp_path: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> Old:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+def repository(tmp_path: Path, registry: FakeRegistry, no_sync: None) -> Old:
     return Old(tmp_path, registry)
 
 
@@ -339,9 +346,7 @@ def test_an_adopted_name_of_a_repository_is_removed_by_name_and_its_root_collect
     ducc.publish(f"{repository.fake.host}/org/app:1", APP)
     lay(repository.target, repository.directory)
     repository.run("HOST/org/app:1")
-    publisher = repository.publisher()
-    with publisher.transaction("remove") as transaction:
-        transaction.remove([f"{repository.fake.host}/org/app:1"], now=NOW)
+    publisher = repository.withdraw("org/app:1")
     found = unreferenced.collect(publisher, grace=0, keep=0, now=NOW + 2000, dry_run=False)
     assert ducc.flat(APP) in found.roots
     assert repository.problems() == []
@@ -365,9 +370,7 @@ def test_a_root_that_an_absolute_link_leads_to_is_not_collected(repository: Old)
     (repository.target / "short" / "app").symlink_to(f"/cvmfs/{REPOSITORY}/{ducc.flat(APP)}")
     lay(repository.target, repository.directory)
     repository.run("HOST/org/app:1")
-    publisher = repository.publisher()
-    with publisher.transaction("remove") as transaction:
-        transaction.remove([f"{repository.fake.host}/org/app:1"], now=NOW)
+    publisher = repository.withdraw("org/app:1")
     found = unreferenced.collect(publisher, grace=0, keep=0, now=NOW + 2000, dry_run=False)
     assert ducc.flat(APP) not in found.roots
 
@@ -419,9 +422,7 @@ def test_what_is_inside_roots_of_osg_is_no_name(site: Adopting) -> None:
     (site.target / ".images" / "ab" / "root").mkdir(parents=True)
     (site.target / ".images" / "ab" / "root" / "link").symlink_to(f"../../../{ducc.flat(APP)}")
     site.run("HOST/org/app:1.0")
-    publisher = DirectoryPublisher(str(site.target))
-    with publisher.transaction("remove") as transaction:
-        transaction.remove([f"{site.fake.host}/org/app:1.0"], now=1000)
+    publisher = site.remove("org/app:1.0")
     assert collect(publisher, grace=100, now=2000, dry_run=False).roots == (ducc.flat(APP),)
 
 
@@ -433,9 +434,7 @@ def test_what_is_inside_roots_of_osg_in_a_repository_is_no_name(repository: Old)
     (repository.target / ".images" / "ab" / "root" / "link").symlink_to(f"../../../{ducc.flat(APP)}")
     lay(repository.target, repository.directory)
     repository.run("HOST/org/app:1")
-    publisher = repository.publisher()
-    with publisher.transaction("remove") as transaction:
-        transaction.remove([f"{repository.fake.host}/org/app:1"], now=NOW)
+    publisher = repository.withdraw("org/app:1")
     assert ducc.flat(APP) in unreferenced.collect(publisher, grace=0, keep=0, now=NOW + 2000, dry_run=False).roots
 
 

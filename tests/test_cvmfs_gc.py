@@ -37,7 +37,6 @@ from unpacker.cvmfs.reflog import Kind, Ref
 from unpacker.cvmfs.repository import Repository
 from unpacker.cvmfs.spool import Spool
 from unpacker.errors import Busy, PublishError
-from unpacker.publish import posix
 from unpacker.tree import Node
 
 HOUR = 3600
@@ -46,11 +45,7 @@ SOON = 10 * 365 * DAY
 """A grace period that nothing here outlives."""
 
 
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred publishes would wait for the disk a thousand times."""
-    monkeypatch.setattr(posix, "syncfs", lambda fd: None)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_sync")
 
 
 @pytest.fixture(scope="module")

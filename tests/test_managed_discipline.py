@@ -30,7 +30,7 @@ from tests.publisher_contract import MTIME, NAME, OTHER, PublisherContract, publ
 from tests.test_publish_directory import described
 from tests.test_reconcile import Site
 from unpacker.contracts import Publisher
-from unpacker.cvmfs import ducc, session
+from unpacker.cvmfs import command, ducc, session
 from unpacker.cvmfs.command import Running
 from unpacker.cvmfs.repository import Repository
 from unpacker.cvmfs.server import Server, place
@@ -389,6 +389,14 @@ class TestKilled:
         with opened(stand_in).lock():
             pass
         assert not (stand_in.spool / TOKEN).exists()
+
+
+def test_a_command_becomes_the_owner_of_a_repository_by_a_shell_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd gives what it starts as root no SHELL, and then `su` takes the owner's, which often is `nologin`."""
+    monkeypatch.delenv("SHELL", raising=False)
+    assert command.run(["printenv", "SHELL"], lambda process: None) == command.Done(0, "/bin/sh")
+    monkeypatch.setenv("SHELL", "/bin/bash")
+    assert command.run(["printenv", "SHELL"], lambda process: None) == command.Done(0, "/bin/bash")
 
 
 class TestTermination:

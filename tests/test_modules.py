@@ -20,7 +20,6 @@ from tests.test_cli import User
 from unpacker.errors import PublishError
 from unpacker.modulefiles import Loadable, files, labels_of, lua, module_name, modulefile, wrapper
 from unpacker.modules import LIST, Written, write, write_for
-from unpacker.publish import posix
 from unpacker.publish.directory import DirectoryPublisher
 from unpacker.readers import DirectoryReader
 from unpacker.settings import Modules
@@ -39,11 +38,7 @@ LABELS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here pulls the plug, and syncing a busy machine's disk takes seconds each time."""
-    monkeypatch.setattr(posix, "syncfs", lambda fd: None)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_sync")
 
 
 @pytest.fixture

@@ -34,7 +34,6 @@ from unpacker.multiarch import Place, aliases
 from unpacker.multiarch import directory as directory_of
 from unpacker.oci import Platform
 from unpacker.plan import Done
-from unpacker.publish import posix
 from unpacker.publish.directory import DirectoryPublisher
 from unpacker.publish.stratum0 import Stratum0Publisher
 from unpacker.readers import DirectoryReader, Found, find
@@ -94,11 +93,7 @@ class Target:
         return found
 
 
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here pulls the plug, and syncing a busy machine's disk takes seconds each time."""
-    monkeypatch.setattr(posix, "syncfs", lambda fd: None)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_sync")
 
 
 @pytest.fixture

@@ -23,17 +23,11 @@ from unpacker.cvmfs.check import check
 from unpacker.cvmfs.reader import Reader, node
 from unpacker.cvmfs.repository import Repository
 from unpacker.errors import Busy, PublishError
-from unpacker.publish import posix
 from unpacker.publish.stratum0 import Stratum0Publisher
 from unpacker.record import Published, Unreadable
 from unpacker.tree import EMPTY, Directory, File, Special, Symlink, Tree
 
-
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here pulls the plug, and syncing a busy machine's disk takes seconds each time."""
-    monkeypatch.setattr(posix, "syncfs", lambda fd: None)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_sync")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ longer one with `--torture`.
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -21,22 +20,15 @@ from tests.cvmfs_tools import BWRAP, collected, judged, replicated, scrubbed
 from tests.publisher_contract import Contents, release, stored
 from unpacker.cvmfs.reader import Reader, node
 from unpacker.cvmfs.repository import Repository
-from unpacker.publish import posix, unreferenced
+from unpacker.publish import unreferenced
 from unpacker.publish.stratum0 import Stratum0Publisher
 from unpacker.record import Published
 from unpacker.tree import File, Symlink
 
-pytestmark = needs_swissknife
+pytestmark = [needs_swissknife, pytest.mark.usefixtures("no_sync")]
 STEPS = 20
 LONG = 300
 NAMES = [f"registry.example.org/{team}/tool:{tag}" for team in ("one", "two", "deep/er") for tag in range(4)]
-
-
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here pulls the plug, and syncing a busy machine's disk takes seconds each time."""
-    monkeypatch.setattr(posix, "syncfs", lambda fd: None)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 class Model:

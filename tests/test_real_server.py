@@ -30,7 +30,7 @@ from unpacker.cvmfs.hash import ContentHash
 from unpacker.cvmfs.reader import Reader
 from unpacker.cvmfs.repository import Repository
 from unpacker.errors import Busy
-from unpacker.publish import posix, unreferenced
+from unpacker.publish import unreferenced
 from unpacker.publish.stratum0 import Stratum0Publisher
 from unpacker.reconcile import Result
 from unpacker.record import Published
@@ -40,11 +40,7 @@ OWNER = "daemon"
 """A user that every system has, and who is not root."""
 
 
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here pulls the plug, and syncing a busy machine's disk takes seconds each time."""
-    monkeypatch.setattr(posix, "syncfs", lambda fd: None)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_sync")
 
 
 def app(version: int) -> Any:

@@ -31,10 +31,7 @@ DAY = 86_400
 LARGE = 200_000
 
 
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(posix, "syncfs", lambda fd: None)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_sync")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,6 @@ from unpacker.cvmfs.reader import Reader
 from unpacker.cvmfs.repository import Repository
 from unpacker.errors import PublishError
 from unpacker.publish import index as indexes
-from unpacker.publish import posix
 from unpacker.publish.index import DIRECTORY, Line, Part
 from unpacker.publish.snapshot import Snapshot
 from unpacker.publish.stratum0 import Stratum0Publisher
@@ -32,10 +30,7 @@ Opened = Callable[[], Stratum0Publisher]
 THIRD = "registry.example.org/other/tool:3.0"
 
 
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(posix, "syncfs", lambda fd: None)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_sync")
 
 
 @pytest.fixture

@@ -66,7 +66,9 @@ def run(arguments: Sequence[str], ready: Callable[[Running], None], *, mark: tup
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd="/",
-                env={**os.environ, "LC_ALL": "C"},
+                # It becomes the repository's owner by `su`, which without this takes a system user's shell: `nologin`.
+                # What systemd starts as root has none.
+                env={"SHELL": "/bin/sh", **os.environ, "LC_ALL": "C"},
                 start_new_session=True,
             )
         except OSError as error:
