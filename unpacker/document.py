@@ -21,6 +21,7 @@ DEPTH_LIMIT = 32
 VALUES_LIMIT = 100_000
 FINDINGS_LIMIT = 1_000
 """Findings kept of one file; the last one says how many more there were."""
+_TOO_DEEP = f"nested deeper than {DEPTH_LIMIT} levels"
 
 _NOT_TEXT = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
@@ -183,6 +184,9 @@ def read_yaml(text: str, findings: Findings) -> Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        if "nesting depth" in str(error.problem):
+            # Newer versions of libyaml have a limit of their own, which it meets first where it looks ahead for a key.
+            raise unreadable(findings.file, line, column, _TOO_DEEP) from None
         context = error.context
         if context and error.context_mark and error.context_mark.line + 1 != line:
             context = f"{context} begun in line {error.context_mark.line + 1}"
@@ -224,7 +228,7 @@ def _read(events: Iterator[yaml.Event], findings: Findings) -> Node | None:
         size = 1
         if isinstance(event, yaml.SequenceStartEvent | yaml.MappingStartEvent):
             if len(stack) == DEPTH_LIMIT:
-                raise unreadable(findings.file, *place, f"nested deeper than {DEPTH_LIMIT} levels")
+                raise unreadable(findings.file, *place, _TOO_DEEP)
             faults = _check_tag(event.tag, place, findings)
             stack.append(_Open(isinstance(event, yaml.MappingStartEvent), *place, event.anchor, faults=faults))
             if event.anchor:

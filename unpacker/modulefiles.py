@@ -148,7 +148,7 @@ shift
 case $verb in
 run) ;;
 exec) [ $# -ge 1 ] || usage ;;
-shell) [ $# -eq 0 ] || verb=exec ;;
+shell) [ $# -eq 0 ] || verb='exec' ;;
 *) usage ;;
 esac
 if [ -z "${{SING_IMAGE:-}}" ]; then

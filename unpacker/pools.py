@@ -42,8 +42,12 @@ class Pools:
         if self._processes:
             layers = ProcessPoolExecutor(jobs, _context(), _start_worker, (os.getpid(),))
             # Forks all workers now, before this process has threads or connections that they would inherit.
-            with _signals_held():
-                layers.submit(os.getpid).result()
+            try:
+                with _signals_held():
+                    layers.submit(os.getpid).result()
+            except BaseException:
+                layers.shutdown(wait=True)  # as at the end, see there
+                raise
             self.layers = layers
         else:
             self.layers = ThreadPoolExecutor(1, "layers")
