@@ -15,8 +15,9 @@ import threading
 from collections.abc import Collection, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import NamedTuple
+
+from blake3 import blake3
 
 from unpacker.changeset import Entry
 from unpacker.cvmfs import chunks, deflation
@@ -253,7 +254,7 @@ class ContentsBatch:
         if known is None or len(data) < KNOWN_MINIMUM:
             # The empty file is the same object in every repository, whatever the compressor.
             return self._objects.put(self._compress(data) if data else deflation.EMPTY, suffix)
-        content = sha256(data).digest()
+        content = blake3(data).digest()
         found = self.learned.get(content) or known.find(content)
         if found is not None:
             name = ContentHash(found.digest, self._algorithm)

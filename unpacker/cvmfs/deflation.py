@@ -28,7 +28,9 @@ import deflate
 
 from unpacker.errors import PublishError
 
-Compressor = Callable[[bytes], bytes]
+Stored = bytes | bytearray
+"""What compressors make: never changed, and not copied to say so."""
+Compressor = Callable[[bytes], Stored]
 COMPRESSIONS = ("dense", "fast", "stock")
 
 EMPTY = bytes.fromhex("789c030000000001")
@@ -58,22 +60,22 @@ def compressor(name: str) -> Compressor:
     return {"dense": dense, "fast": fast, "stock": stock}[name]
 
 
-def dense(data: bytes) -> bytes:
+def dense(data: bytes) -> Stored:
     """Small, and quicker than zlib."""
     return _deflated(data, _DENSE_LEVEL if len(data) < _LARGE else _DENSE_LEVEL_LARGE)
 
 
-def fast(data: bytes) -> bytes:
+def fast(data: bytes) -> Stored:
     """Quicker still, and larger."""
     return _deflated(data, _FAST_LEVEL)
 
 
-def _deflated(data: bytes, level: int) -> bytes:
+def _deflated(data: bytes, level: int) -> Stored:
     if not data:
         return EMPTY
     if len(data) >= _PROBED and _is_incompressible(data):
         level = 0
-    return bytes(deflate.zlib_compress(data, level))
+    return deflate.zlib_compress(data, level)
 
 
 def _is_incompressible(data: bytes) -> bool:

@@ -32,7 +32,7 @@ class Hasher:
         name = {"sha1": "sha1", "rmd160": "ripemd160", "shake128": "shake_128"}[algorithm]
         self._hash = hashlib.new(name, usedforsecurity=False)
 
-    def update(self, data: bytes | memoryview) -> None:
+    def update(self, data: bytes | bytearray | memoryview) -> None:
         self._hash.update(data)
 
     def result(self) -> ContentHash:
@@ -72,7 +72,7 @@ class ContentHash:
         raise ValueError(f"flags {flags:#x} name no known hash algorithm")
 
     @classmethod
-    def of(cls, data: bytes, algorithm: str = "sha1") -> ContentHash:
+    def of(cls, data: bytes | bytearray, algorithm: str = "sha1") -> ContentHash:
         """The hash of bytes at hand."""
         if algorithm == "sha1":
             # The usual case, at a third of the price: a layer has many small files.

@@ -19,16 +19,13 @@ from unpacker.cvmfs.hash import ContentHash
 from unpacker.digest import Stream
 from unpacker.errors import PublishError
 from unpacker.publish import posix
+from unpacker.publish.shards import Shards, present
 
 CHUNK, CATALOG, HISTORY, CERTIFICATE, META_INFO = "P", "C", "H", "X", "M"
 """Suffixes of objects by what they are; a whole file has none."""
 
 LIMIT = 1 << 30
 """The most that `read` holds in memory unless told otherwise."""
-
-_LISTED_PER_NAME = 600
-"""A directory is listed if it has no more bytes than this for each name that is looked for: an entry takes 50 or so,
-and asking for a single one as much time as listing ten."""
 
 _MODE = 0o644
 _DATA = "data/"
@@ -77,15 +74,12 @@ class ObjectStore:
 
     def present(self, names: Iterable[str]) -> set[str]:
         """Which of these whole files are there for sure, by the text of their hashes; `has` tells of the others."""
-        groups: dict[str, list[str]] = {}
-        for name in names:
-            groups.setdefault(name[:2], []).append(name)
         try:
             fd = os.open(f"{self.root}/{_DATA}", posix.DIRECTORY_FLAGS)
         except OSError as error:
             raise posix.failure(error, f"opening the object store of {self.root}") from error
         try:
-            return {name for group, wanted in groups.items() for name in _present(group, wanted, fd)}
+            return present(names, fd)
         finally:
             os.close(fd)
 
@@ -156,7 +150,7 @@ class ObjectStore:
         except OSError as error:
             raise self._failure(error, name, suffix) from error
 
-    def put(self, stored: bytes, suffix: str = "") -> ContentHash:
+    def put(self, stored: deflation.Stored, suffix: str = "") -> ContentHash:
         """Stores one object, durable on return. For more than a few, `batch` is much faster."""
         with self.batch() as batch:
             return batch.put(stored, suffix)
@@ -233,9 +227,10 @@ class ObjectBatch:
         self._count = itertools.count()
         # Final name → temporary name, both below data/. Threads meet in single operations on it only.
         self._fresh: dict[str, str] = {}
+        self._shards = Shards(data_fd)
         self._is_born_public = False
 
-    def put(self, stored: bytes, suffix: str = "") -> ContentHash:
+    def put(self, stored: deflation.Stored, suffix: str = "") -> ContentHash:
         """Stores these bytes as they are, unless the repository has them."""
         name = ContentHash.of(stored, self._store.algorithm)
         path = name.object_path(suffix).removeprefix(_DATA)
@@ -262,6 +257,8 @@ class ObjectBatch:
     def _holds(self, path: str, size: int) -> bool:
         if path in self._fresh:
             return True
+        if not self._shards.may_hold(path):
+            return False
         try:
             own = os.stat(path, dir_fd=self._fd, follow_symlinks=False)
         except OSError:
@@ -269,7 +266,7 @@ class ObjectBatch:
         # Where it shows that somebody damaged an object, it is replaced by a sound one.
         return own.st_size == size
 
-    def _write(self, temporary: str, stored: bytes) -> None:
+    def _write(self, temporary: str, stored: deflation.Stored) -> None:
         fd = os.open(temporary, posix.CREATE_FLAGS, _MODE, dir_fd=self._fd)
         try:
             posix.write_all(fd, stored)
@@ -317,24 +314,6 @@ class ObjectBatch:
             os.unlink(temporary, dir_fd=self._fd)
         except OSError:
             pass  # An orphan is harmless; the next holder of the lock sweeps it away.
-
-
-def _present(group: str, names: list[str], data_fd: int) -> Iterator[str]:
-    """Which of these names of one directory are there for sure."""
-    try:
-        if os.stat(group, dir_fd=data_fd).st_size < _LISTED_PER_NAME * len(names):
-            fd = os.open(group, posix.DIRECTORY_FLAGS, dir_fd=data_fd)
-            try:
-                there = set(os.listdir(fd))
-            finally:
-                os.close(fd)
-            yield from (name for name in names if name[2:] in there)
-            return
-    except OSError:
-        pass  # What cannot be listed may be asked for.
-    for name in names:
-        if os.access(f"{group}/{name[2:]}", os.F_OK, dir_fd=data_fd, follow_symlinks=False):
-            yield name
 
 
 def _make_directory(path: str, dir_fd: int | None = None) -> None:

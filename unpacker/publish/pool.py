@@ -20,14 +20,12 @@ from unpacker.changeset import Entry, Xattrs
 from unpacker.digest import Stream
 from unpacker.errors import PublishError
 from unpacker.publish import posix
+from unpacker.publish.shards import Shards, present
 from unpacker.tree import File
 
 EMPTY = sha256(b"").hexdigest()
 SMALL = 1 << 20
 """Up to this size a file is read whole and hashed before anything is written; above, hashed while written."""
-
-_LISTED_PER_TOKEN = 1000
-"""Bytes of a directory's own size that are read as soon as one of its names is looked up."""
 
 _TOKEN = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{16}")
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -130,35 +128,13 @@ class ContentPool:
         try:
             if check:
                 return {token for token in wanted if not self._is_sound(token, pool_fd)}
-            return self._absent(wanted, pool_fd)
+            # What cannot be told counts as missing: that costs reading a layer again, nothing else.
+            there = present((token for token in wanted if pool_path(token)), pool_fd)
+            return {token for token in wanted if token not in there}
         except OSError as error:
             raise posix.failure(error, f"checking the pool of {self._root}") from error
         finally:
             os.close(pool_fd)
-
-    @staticmethod
-    def _absent(wanted: Collection[str], pool_fd: int) -> set[str]:
-        # What access(2) cannot tell counts as missing: that costs reading a layer again, nothing else. A shard of
-        # which much is wanted is listed instead, at a tenth of the price; its size tells how long that takes.
-        shards: dict[str, list[str]] = {}
-        for token in wanted:
-            shards.setdefault(pool_path(token)[:2], []).append(token)
-        absent: set[str] = set()
-        for shard, tokens in shards.items():
-            try:
-                if os.stat(shard, dir_fd=pool_fd).st_size < _LISTED_PER_TOKEN * len(tokens):
-                    fd = os.open(shard, posix.DIRECTORY_FLAGS, dir_fd=pool_fd)
-                    try:
-                        held = set(os.listdir(fd))
-                    finally:
-                        os.close(fd)
-                    absent.update(token for token in tokens if token[2:] not in held)
-                    continue
-            except FileNotFoundError:
-                absent.update(tokens)
-                continue
-            absent.update(t for t in tokens if not os.access(pool_path(t), os.F_OK, dir_fd=pool_fd))
-        return absent
 
     @staticmethod
     def _is_sound(token: str, pool_fd: int) -> bool:
@@ -196,6 +172,7 @@ class PoolBatch:
         self._pool_fd = pool_fd
         self._scratch_fd = scratch_fd
         self._born = posix.born_owner(scratch_fd)
+        self._shards = Shards(pool_fd)
         self._fresh: dict[str, str] = {}
         self._count = 0
         self._written = 0
@@ -283,8 +260,11 @@ class PoolBatch:
     def _has(self, token: str, size: int, hint: Entry) -> bool:
         if token in self._fresh:
             return True
+        path = f"{token[:2]}/{token[2:]}"
+        if not self._shards.may_hold(path):
+            return False
         try:
-            own = os.stat(f"{token[:2]}/{token[2:]}", dir_fd=self._pool_fd, follow_symlinks=False)
+            own = os.stat(path, dir_fd=self._pool_fd, follow_symlinks=False)
         except OSError:
             return False  # What cannot be told is written again, which is safe.
         # Somebody who wrote into a published file wrote into the pool. Where that shows, the content gets a new inode.

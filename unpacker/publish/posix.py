@@ -205,7 +205,7 @@ def user_xattrs(fd: int) -> Xattrs:
     return tuple((name, os.getxattr(fd, name)) for name in sorted(names) if name.startswith("user."))
 
 
-def write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes | bytearray) -> None:
     """Writes all of `data`: a disk that fills up takes a part first and says so with the next call."""
     written = os.write(fd, data)
     while written < len(data):
