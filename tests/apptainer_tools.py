@@ -2,7 +2,7 @@
 
 Debian has it in sid only. A tree for UNPACKER_TEST_APPTAINER, which bubblewrap enters, is made by root with
 
-    debootstrap --variant=minbase --include=apptainer,busybox-static sid DIRECTORY
+    debootstrap --variant=minbase --include=apptainer,busybox-static sid DIRECTORY && touch DIRECTORY/etc/hosts
 """
 
 from __future__ import annotations

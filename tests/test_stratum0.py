@@ -19,11 +19,13 @@ from tests.cvmfs_repositories import SWISSKNIFE, served, swissknife_check
 from tests.fake_registry import FakeRegistry
 from tests.images import device, directory, fifo, file, hardlink, image, layer, opaque, symlink, whiteout
 from tests.test_cli import User
+from tests.test_publish_stratum0 import edit_by_hand
 from unpacker.cvmfs.deflation import dense
 from unpacker.cvmfs.hash import ContentHash
 from unpacker.cvmfs.reader import Reader
 from unpacker.cvmfs.repository import Repository
 from unpacker.publish.stratum0 import Stratum0Publisher
+from unpacker.record import Published
 
 REPOSITORY = "try.example.org"
 MANAGED = f"gc{os.getpid()}.example.org"
@@ -199,6 +201,31 @@ def test_lost_and_damaged_objects_are_told_by_name_and_a_rebuild_mends_them(oper
     assert any(problem["name"].endswith("org/app:1") for problem in found)
     operator.done("reconcile", "--rebuild")
     operator.check()
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["at once", "after another publish"])
+def test_a_root_that_somebody_took_away_is_published_again(
+    operator: Operator, registry: FakeRegistry, between: bool
+) -> None:
+    """As with `cvmfs_server transaction`, `rm -r` and `cvmfs_server publish`."""
+    registry.add("org/other", "1", SECOND)
+    registry.add("org/later", "1", THIRD)
+    operator.wishlist("HOST/org/app:*", "HOST/org/other:1")
+    operator.done("reconcile")
+    publisher = Stratum0Publisher(str(operator.repository))
+    lost = publisher.published()[f"{registry.host}/org/app:1"]
+    assert isinstance(lost, Published)
+    edit_by_hand(publisher, {f"/{lost.root}": None})
+    if between:
+        operator.done("publish", f"{registry.host}/org/later:1")
+    operator.wishlist("HOST/org/app:*", "HOST/org/other:1")
+    planned = json.loads(operator.done("plan", "--json"))
+    assert [(a["action"], a["name"]) for a in planned["actions"] if a["action"] != "keep"] == [
+        ("update", f"{registry.host}/org/app:1")
+    ]
+    operator.done("reconcile")
+    operator.check()
+    assert publisher.published()[f"{registry.host}/org/app:1"].root == lost.root
 
 
 @pytest.fixture

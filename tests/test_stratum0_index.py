@@ -23,7 +23,7 @@ from unpacker.publish.index import DIRECTORY, Line, Part
 from unpacker.publish.snapshot import Snapshot
 from unpacker.publish.stratum0 import Stratum0Publisher
 from unpacker.publish.unreferenced import collect
-from unpacker.record import Unreadable
+from unpacker.record import Published, Unreadable
 from unpacker.tree import Symlink
 
 Opened = Callable[[], Stratum0Publisher]
@@ -131,6 +131,25 @@ class TestSettled:
         edit_by_hand(publisher, {"/note": a_file(publisher, b"x")})
         assert opened().published() == publisher.published()
         assert set(opened().published()) == {OTHER, THIRD, fourth, new.public_path}
+        sound(target)
+
+    def test_a_root_that_somebody_took_away_is_told_and_not_forgotten(
+        self, publisher: Stratum0Publisher, opened: Opened, target: Path
+    ) -> None:
+        """By the official tools, in one transaction: the names that led to it lead to nothing."""
+        gone = publish(publisher, NAME, {"motd": b"one"})
+        publish(publisher, OTHER, {"motd": b"two"}, seed="2")
+        edit_by_hand(publisher, {f"/{gone.root}": None})
+        found = opened().published()
+        assert opened().lost(found) == {NAME}
+        assert opened().root(gone.image_id, gone.rules) is None
+        publish(opened(), THIRD, {"motd": b"three"}, seed="3")
+        assert is_settled(publisher)
+        after = opened().published()
+        assert {path for path, record in after.items() if isinstance(record, Unreadable)} == {NAME}
+        assert publish(opened(), NAME, {"motd": b"one"}).root == gone.root
+        assert isinstance(opened().published()[NAME], Published)
+        assert opened().lost(opened().published()) == frozenset()
         sound(target)
 
     def test_a_rollback_by_the_official_tools_is_no_longer_true_of_its_revision(

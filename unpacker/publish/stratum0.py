@@ -16,6 +16,7 @@ from unpacker.cvmfs.repository import Repository
 from unpacker.cvmfs.transaction import transaction as cvmfs_transaction
 from unpacker.errors import PublishError
 from unpacker.limits import Limits
+from unpacker.multiarch import Place
 from unpacker.publish import posix
 from unpacker.publish.index import Index
 from unpacker.publish.repository_view import RepositoryView
@@ -193,8 +194,14 @@ class Stratum0Publisher:
             return standing
 
     def lost(self, published: Mapping[str, Published | Unreadable]) -> frozenset[str]:
-        """None: names and roots are of one revision, which comes and goes as a whole."""
-        return frozenset()
+        """Of these the public names whose root somebody took away: none in a revision of ours, which comes and goes as
+        a whole, but others publish here, too."""
+        with self.snapshot() as found:
+            if found.is_settled:
+                return frozenset()
+            records = [r for r in published.values() if isinstance(r, Published) and r.place is not Place.FRONT]
+            lost = {root for root in {record.root for record in records} if not found.has(root)}
+        return frozenset(record.public_path for record in records if record.root in lost)
 
     def view(self) -> RepositoryView:
         """What stands there now, another tool's things included."""
