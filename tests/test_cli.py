@@ -258,6 +258,22 @@ def test_a_malformed_single_image_is_exit_4(user: User) -> None:
     assert done.returncode == 4, done.stdout + done.stderr
 
 
+def test_a_layout_that_is_not_there_is_exit_2(user: User) -> None:
+    done = user("publish", "oci:layuot:v1", "--as", "registry.example.org/local/app:1")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "layuot is no OCI image layout: it has no index.json (expected oci:PATH:TAG)" in done.stderr
+
+
+def test_a_single_image_that_failed_is_no_failing_wish(user: User) -> None:
+    """Who asked for it was told; no run will come back to it, and `status` is of what runs come back to."""
+    user.wishlist("HOST/org/app:1.0")
+    assert user("reconcile").returncode == 0
+    assert user("publish", f"{user.fake.host}/org/nothing:1").returncode != 0
+    done = user("status", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {name["state"] for name in json.loads(done.stdout)["names"]} == {"published"}
+
+
 def test_removing_what_is_not_published_is_exit_2(user: User) -> None:
     user.wishlist("HOST/org/app:1.0")
     user("reconcile")

@@ -291,9 +291,12 @@ def request(found: Wishlist, path: str, settings: Settings, choice: Choice) -> R
 def _layout(text: str, settings: Settings) -> Layout:
     """`PATH:TAG`, or `PATH` where the tag is the public name's; a path with a colon is told by what exists."""
     path, colon, tag = text.rpartition(":")
-    if not colon or os.path.isdir(text):
-        return Layout(text, limits=settings.limits)
-    return Layout(path, tag=tag, limits=settings.limits)
+    found = Layout(text, limits=settings.limits)
+    if colon and not os.path.isdir(text):
+        found = Layout(path, tag=tag, limits=settings.limits)
+    if not found.is_there:
+        raise WishlistError(f"{found.path} is no OCI image layout: it has no index.json (expected oci:PATH:TAG)")
+    return found
 
 
 def _attach(settings: Settings) -> Callable[[Published, Image], object] | None:

@@ -34,7 +34,8 @@ def journal_after(request: Request, found: Survey, outcomes: Sequence[Outcome]) 
     before = found.history
     kept = {w.text: before.expansions[w.text] for w in request.wishes if w.text in before.expansions}
     return before.after(
-        failed=failed,
+        # Who asked for a single image was told, and no run will come back to it.
+        failed=failed if request.owner is not None else {},
         vanished=frozenset(a.public_path for a in found.plan.actions if a.vanished),
         expansions=kept | expansions,
         seen=frozenset(seen) if partial else None,

@@ -49,6 +49,15 @@ class Layout:
         self._limits = limits if limits is not None else Limits()
 
     @property
+    def path(self) -> str:
+        return self._path
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the directory looks like a layout."""
+        return os.path.exists(f"{self._path}/index.json")
+
+    @property
     def locator(self) -> LayoutPath:
         return LayoutPath(path=os.path.abspath(self._path), tag=self._tag, limits=self._limits)
 
