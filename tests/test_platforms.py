@@ -455,6 +455,21 @@ def test_the_aliases_are_those_of_ducc_and_of_uname() -> None:
     assert aliases({"s390x"}) == {}
 
 
+def test_aliases_of_another_tool_that_lead_elsewhere_are_warned_of(user: User) -> None:
+    """DUCC has a directory `arm64` of its own, and lets `aarch64` lead there."""
+    (user.target / ".multiarch" / "arm64").mkdir(parents=True)
+    (user.target / ".multiarch" / "aarch64").symlink_to("arm64")
+    for done in (user("plan"), user("reconcile"), user("plan")):
+        said = [line for line in done.stderr.splitlines() if ".multiarch" in line]
+        assert len(said) == 2, done.stderr
+        assert any(".multiarch/arm64 is no link" in line and "link to arm64:v8" in line for line in said)
+        assert any(".multiarch/aarch64 leads to arm64, so machines that ask for aarch64" in line for line in said)
+    (user.target / ".multiarch" / "arm64").rmdir()
+    (user.target / ".multiarch" / "arm64").symlink_to("arm64:v8")
+    (user.target / ".multiarch" / "aarch64").unlink()
+    assert ".multiarch" not in user("plan").stderr
+
+
 # -- killed -----------------------------------------------------------------------------------------------------
 
 KILLS = 3

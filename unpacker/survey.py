@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from unpacker import journal
+from unpacker import journal, multiarch
 from unpacker.contracts import Publisher, Registry, View
 from unpacker.image import Image
 from unpacker.limits import Limits
+from unpacker.multiarch import MULTIARCH, Place
 from unpacker.plan import Plan, Resolution, Rules, plan
 from unpacker.pools import ASKING_THREADS
 from unpacker.predecessors import Estate, Source, inherit
@@ -73,6 +74,7 @@ def survey(request: Request, asking: Executor | None = None) -> Survey:
     resolution = resolve(wishes, request.registry, asking, request.limits, lambda path: _matches(path, request.only))
     estate = _estate(request, resolution, published, asking)
     resolution = _without(resolution, estate)
+    resolution = replace(resolution, warnings=(*resolution.warnings, *_led_elsewhere(request.publisher, resolution)))
     damaged = request.damaged | request.publisher.lost(published)
     history = journal.load(request.state, request.owner or "")
     rules = Rules(
@@ -114,6 +116,25 @@ def _without(resolution: Resolution, estate: Estate) -> Resolution:
         unresolved=(*resolution.unresolved, *estate.unresolved),
         warnings=(*resolution.warnings, *estate.hints),
     )
+
+
+def _led_elsewhere(publisher: Publisher, resolution: Resolution) -> Iterator[str]:
+    """Warnings for each alias of a platform that somebody else made, and that does not lead to where this one's images
+    are: machines that ask by it find what the other published, now and ever."""
+    directories = {multiarch.directory(p.platform) for p in resolution.pinned if p.place is Place.PLATFORM}
+    if not directories:
+        return
+    view = publisher.view()
+    for alias, directory in multiarch.aliases(directories).items():
+        path = f"{MULTIARCH}/{alias}"
+        target = view.link(path)
+        if target == directory or view.kind(path) is None:
+            continue
+        what = "is no link" if target is None else f"leads to {target}"
+        yield (
+            f"{path} {what}, so machines that ask for {alias} do not get what is published in {MULTIARCH}/{directory}: "
+            f"make it a link to {directory} once all that is wanted of it is there"
+        )
 
 
 def _matches(public_path: str, only: str | None) -> bool:
