@@ -226,7 +226,7 @@ class Catalog:
 
     def insert(self, rows: Iterable[tuple[tuple[int, int], tuple[int, int], Row]]) -> None:
         """Adds many rows, each with its own key and its parent's, in the order in which listings shall read them."""
-        self._insert(self._db, (_bound_row(own, parent, row) for own, parent, row in rows))
+        self._insert(self._db, _bound_rows(rows))
         self._db.execute(_INDEX)
 
     def insert_chunks(self, chunks: Iterable[tuple[tuple[int, int], Chunk]]) -> None:
@@ -312,7 +312,7 @@ class Catalog:
             rows = [(values[:2], values[2:4], Row._make(values[4:])) for values in found]
             for _, _, row in rows:
                 self._check(row)
-            self._insert(fresh, (_bound_row(*row) for row in rows))
+            self._insert(fresh, _bound_rows(rows))
             for table, columns in (
                 ("properties", ("key", "value")),
                 ("chunks", ("md5path_1", "md5path_2", "offset", "size", "hash")),
@@ -428,8 +428,9 @@ def _bound(column: str, value: Any) -> Any:
     return _bytes(value) if column in _TEXTS else value
 
 
-def _bound_row(own: tuple[int, int], parent: tuple[int, int], row: Row) -> tuple[Any, ...]:
+def _bound_rows(rows: Iterable[tuple[tuple[int, int], tuple[int, int], Row]]) -> Iterator[tuple[Any, ...]]:
     # Spelt out, because this runs for every file of an image.
-    hardlinks, hash, size, mode, mtime, mtimens, flags, name, symlink, uid, gid, xattr = row
-    keys = (*own, *parent, hardlinks, hash, size, mode, mtime, mtimens, flags)
-    return (*keys, _bytes(name), _bytes(symlink) if symlink else b"", uid, gid, xattr)
+    for own, parent, (links, hash, size, mode, mtime, mtimens, flags, name, symlink, uid, gid, xattr) in rows:
+        text = name.encode("utf-8", "surrogateescape")
+        target = symlink.encode("utf-8", "surrogateescape") if symlink else b""
+        yield *own, *parent, links, hash, size, mode, mtime, mtimens, flags, text, target, uid, gid, xattr

@@ -47,6 +47,7 @@ from unpacker.tree import Directory, File, Node, Special, Symlink, Tree
 _Key = tuple[int, int]
 _N = TypeVar("_N", bound=File | Symlink | Special | Directory)
 _Names = list[tuple[bytes, str, Node]]
+_NO_NAMES = frozenset({MARKER, ".", ".."})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +182,7 @@ class _Writing:
                         row = mount.row
                         nested.append((path, mount))
                 else:
-                    row, pieces = of_node(self._holdable(node), name)
+                    row, pieces = of_node(self._holdable(node) if node.xattrs else node, name)
                     if type(node) is File:
                         regular += 1
                         size += node.size
@@ -262,14 +263,7 @@ def _directory(root: Directory, path: str) -> Directory:
 
 
 def _is_holdable(name: str, encoded: bytes) -> bool:
-    return (
-        name != MARKER
-        and 0 < len(encoded) <= NAME_LIMIT
-        and b"/" not in encoded
-        and b"\0" not in encoded
-        and name != "."
-        and name != ".."
-    )
+    return 0 < len(encoded) <= NAME_LIMIT and name not in _NO_NAMES and b"/" not in encoded and b"\0" not in encoded
 
 
 def _bytes(text: str) -> bytes:

@@ -128,14 +128,16 @@ def of_directory(node: Directory, name: str, subdirectories: int, flags: int = 0
 
 def of_node(node: File | Symlink | Special, name: str) -> tuple[Row, tuple[Chunk, ...]]:
     """The row of anything but a directory, with the rows of its chunks. Hard links are broken: every name is one."""
+    if type(node) is File:  # nearly all, so this is spelt out
+        mode, uid, gid, mtime_ns, xattrs, size, _, _ = node
+        digest, flags, chunks = _content(node)
+        seconds, nanoseconds = _time(mtime_ns)
+        xattr = encode_xattrs(xattrs) if xattrs else None
+        mode |= stat.S_IFREG
+        return Row(1, digest, size, mode, seconds, nanoseconds, flags, name, "", uid, gid, xattr), chunks
     seconds, nanoseconds = _time(node.mtime_ns)
     xattr = encode_xattrs(node.xattrs) if node.xattrs else None
     uid, gid = node.uid, node.gid
-    if type(node) is File:
-        digest, flags, chunks = _content(node)
-        mode = stat.S_IFREG | node.mode
-        row = Row(1, digest, node.size, mode, seconds, nanoseconds, flags, name, "", uid, gid, xattr)
-        return row, chunks
     if type(node) is Symlink:
         size = len(node.target.encode("utf-8", "surrogateescape"))
         mode = stat.S_IFLNK | 0o777  # archives have anything here
