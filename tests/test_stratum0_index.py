@@ -23,7 +23,7 @@ from unpacker.publish.index import DIRECTORY, Line, Part
 from unpacker.publish.snapshot import Snapshot
 from unpacker.publish.stratum0 import Stratum0Publisher
 from unpacker.publish.unreferenced import collect
-from unpacker.record import Published, Unreadable
+from unpacker.record import Unreadable
 from unpacker.tree import Symlink
 
 Opened = Callable[[], Stratum0Publisher]
@@ -145,12 +145,29 @@ class TestSettled:
         assert opened().root(gone.image_id, gone.rules) is None
         publish(opened(), THIRD, {"motd": b"three"}, seed="3")
         assert is_settled(publisher)
-        after = opened().published()
-        assert {path for path, record in after.items() if isinstance(record, Unreadable)} == {NAME}
+        assert opened().published()[NAME] == gone, "whose it is must not be forgotten with it"
+        assert opened().lost(opened().published()) == {NAME}
         assert publish(opened(), NAME, {"motd": b"one"}).root == gone.root
-        assert isinstance(opened().published()[NAME], Published)
         assert opened().lost(opened().published()) == frozenset()
         sound(target)
+
+    def test_roots_are_looked_for_without_opening_them(
+        self, publisher: Stratum0Publisher, opened: Opened, target: Path
+    ) -> None:
+        """There are as many as images; and one that is damaged must not keep the others from being published."""
+        broken = publish(publisher, NAME, {"motd": b"one"})
+        publish(publisher, OTHER, {"motd": b"two"}, seed="2")
+        edit_by_hand(publisher, {"/note": a_file(publisher, b"x")})
+        repository = Repository.open(str(target))
+        with Reader(repository.objects, repository.manifest().root) as reader:
+            group = reader._inside(f"/{broken.root.rpartition('/')[0]}")
+            assert group is not None
+            nested = group.nested(f"/{broken.root}")
+            assert nested is not None
+        (target / nested.hash.object_path("C")).unlink()
+        assert opened().lost(opened().published()) == frozenset()
+        publish(opened(), THIRD, {"motd": b"three"}, seed="3")
+        assert set(opened().published()) == {NAME, OTHER, THIRD}
 
     def test_a_rollback_by_the_official_tools_is_no_longer_true_of_its_revision(
         self, publisher: Stratum0Publisher, opened: Opened

@@ -118,7 +118,7 @@ class Changeset:
                             mtime_ns,
                             length,
                             target,
-                            (device[0], device[1]) if any(device) else no_device,
+                            no_device if device == [0, 0] else (device[0], device[1]),
                             tuple([(name, bytes.fromhex(value)) for name, value in xattrs]) if xattrs else (),
                             token,
                             changes[change],
@@ -127,16 +127,16 @@ class Changeset:
                     for path, kind, mode, uid, gid, mtime_ns, length, target, device, xattrs, token, change in rows
                 ]
             )
-        except (zstandard.ZstdError, TypeError, KeyError, IndexError) as error:
+            return cls(
+                diff_id=diff_id,
+                entries=entries,
+                whiteouts=tuple(whiteouts),
+                opaque=tuple(opaque),
+                size=size,
+                content_size=content_size,
+            )
+        except (zstandard.ZstdError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise ValueError(f"not a changeset: {error}") from None
-        return cls(
-            diff_id=diff_id,
-            entries=entries,
-            whiteouts=tuple(whiteouts),
-            opaque=tuple(opaque),
-            size=size,
-            content_size=content_size,
-        )
 
 
 HEAD = 18

@@ -46,6 +46,9 @@ class Pools:
                 with _signals_held():
                     layers.submit(os.getpid).result()
             except BaseException:
+                # If it is forking that failed, nobody else would end those that it made.
+                for process in multiprocessing.active_children():
+                    process.terminate()
                 layers.shutdown(wait=True)  # as at the end, see there
                 raise
             self.layers = layers

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from unpacker import journal, multiarch
 from unpacker.contracts import Publisher, Registry, View
+from unpacker.errors import PublishError
 from unpacker.image import Image
 from unpacker.limits import Limits
 from unpacker.multiarch import MULTIARCH, Place
@@ -127,9 +128,13 @@ def _led_elsewhere(publisher: Publisher, resolution: Resolution) -> Iterator[str
     view = publisher.view()
     for alias, directory in multiarch.aliases(directories).items():
         path = f"{MULTIARCH}/{alias}"
-        target = view.link(path)
-        if target == directory or view.kind(path) is None:
-            continue
+        try:
+            target = view.link(path)
+            further = None if target is None else view.link(f"{MULTIARCH}/{target}")
+            if directory in (target, further) or view.kind(path) is None:
+                continue
+        except PublishError:
+            continue  # Whoever reads that directory will tell; no run is to fail for a warning.
         what = "is no link" if target is None else f"leads to {target}"
         yield (
             f"{path} {what}, so machines that ask for {alias} do not get what is published in {MULTIARCH}/{directory}: "

@@ -39,15 +39,12 @@ class NextIndex:
         for number in NUMBERS:
             part = self._part(number)
             part.names = {path: line for path, line in part.names.items() if links.get(path) == line.root}
-            lost = {root for root in {line.root for line in part.names.values()} if not self._stands(root)}
-            # Their names stay, as links that lead to nothing: the next run publishes them again.
-            part.names = {path: line for path, line in part.names.items() if line.root not in lost}
-            part.roots = {name: line for name, line in part.roots.items() if root_path(name) not in lost}
+            # A name whose root somebody took away stays what it is, and whose; that nothing is known of the root any
+            # more is what tells (`Snapshot.unproven`).
+            standing = self._before.standing(map(root_path, part.roots))
+            part.roots = {name: line for name, line in part.roots.items() if root_path(name) in standing}
             for path in part.names:
                 self._others.pop(path, None)
-
-    def _stands(self, root: str) -> bool:
-        return number_of(root) is None or self._before.has(root)
 
     def _part(self, number: str) -> _Changing:
         found = self._parts.get(number)

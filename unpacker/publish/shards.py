@@ -15,7 +15,8 @@ _LISTED_PER_NAME = 800
 """A directory is listed if it has no more bytes than this for each name that is looked for: an entry takes 50 to 80."""
 
 _SMALL = 16 << 10
-"""Bytes of a directory whose names are worth remembering: some 200 of them, in each of 256 directories."""
+_FEW = 500
+"""Bytes and names of a directory whose names are worth remembering, in each of 256 directories."""
 
 
 def present(names: Iterable[str], store_fd: int) -> set[str]:
@@ -53,10 +54,24 @@ class Shards:
         try:
             names = self._names[shard]
         except KeyError:
-            names = self._names[shard] = _listed(shard, self._fd, _SMALL)
+            names = self._names[shard] = _few(shard, self._fd)
         if names is not None:
             return path[3:] in names
         return os.access(path, os.F_OK, dir_fd=self._fd, follow_symlinks=False)
+
+    def again(self) -> Shards:
+        """The same, knowing nothing yet."""
+        return Shards(self._fd)
+
+    def remembers(self, path: str) -> bool:
+        """Whether `may_hold` answers for this file from what it saw when it first looked at the directory."""
+        return self._names.get(path[:2]) is not None
+
+
+def _few(shard: str, store_fd: int) -> frozenset[str] | None:
+    names = _listed(shard, store_fd, _SMALL)
+    # The size of a directory is told in bytes by most file systems, in names by others.
+    return names if names is None or len(names) <= _FEW else None
 
 
 def _listed(shard: str, store_fd: int, most: int) -> frozenset[str] | None:

@@ -7,7 +7,7 @@ what they changed shows.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 
 from unpacker import logs
@@ -145,6 +145,31 @@ class Snapshot:
                     yield path, _target(path, found)
                 elif found.row.is_directory:
                     pending.append(found.path)
+
+    def standing(self, roots: Iterable[str]) -> set[str]:
+        """Which of these paths of roots lead to something. What cannot be told, because the catalog above is damaged,
+        counts as standing; no root's own catalog is opened, of which there are as many as images."""
+        groups: dict[str, list[str]] = {}
+        for root in roots:
+            groups.setdefault(posixpath.dirname(root), []).append(root)
+        found: set[str] = set()
+        for parent, wanted in groups.items():
+            try:
+                there = set(self.children(parent))
+            except PublishError as error:
+                log.warning("roots not looked for", where=parent, what=self._what, why=str(error))
+                found.update(wanted)
+                continue
+            found.update(root for root in wanted if posixpath.basename(root) in there)
+        return found
+
+    def unproven(self, roots: Iterable[str]) -> set[str]:
+        """Of these roots those of which the index does not prove that they are there: in a revision of ours it knows
+        all of our own that are, since what publishes them or takes them away keeps it so."""
+        if not self.is_settled:
+            return set(roots)
+        known = {root_path(name) for part in self.parts() for name in part.roots}
+        return set(roots) - known
 
     def has(self, path: str) -> bool:
         """Whether there is anything under a path below the target."""

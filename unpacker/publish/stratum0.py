@@ -194,13 +194,11 @@ class Stratum0Publisher:
             return standing
 
     def lost(self, published: Mapping[str, Published | Unreadable]) -> frozenset[str]:
-        """Of these the public names whose root somebody took away: none in a revision of ours, which comes and goes as
-        a whole, but others publish here, too."""
+        """Of these the public names whose root somebody else took away."""
+        records = [r for r in published.values() if isinstance(r, Published) and r.place is not Place.FRONT]
         with self.snapshot() as found:
-            if found.is_settled:
-                return frozenset()
-            records = [r for r in published.values() if isinstance(r, Published) and r.place is not Place.FRONT]
-            lost = {root for root in {record.root for record in records} if not found.has(root)}
+            doubtful = found.unproven(record.root for record in records)
+            lost = doubtful - found.standing(doubtful)
         return frozenset(record.public_path for record in records if record.root in lost)
 
     def view(self) -> RepositoryView:
