@@ -2,7 +2,9 @@
 #
 #   buildah build -t unpacker .
 #   podman run --rm --userns=keep-id -v /srv/unpacked:/srv/unpacked -v "$PWD:/wishlist:ro" -w /wishlist \
-#       unpacker reconcile wishlist.yaml --target /srv/unpacked
+#       unpacker reconcile wishlist.yaml --target /srv/unpacked --wishlist-id https://git.example.org/lists
+#
+# The last says who the wishlist is, as a small BASE has no git to ask.
 #
 # BASE is any image with Python 3.11 or later and its venv module; on Debian these are python3 and python3-venv.
 ARG BASE=docker.io/library/python:3.12-slim

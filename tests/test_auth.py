@@ -413,12 +413,12 @@ def test_duccs_variables_give_credentials() -> None:
     found = ducc(IDENT="https://gitlab-registry.example.org/atlas", USER="ada", PASS="s3cret")
     assert found.find("gitlab-registry.example.org", "atlas/app") == ADA
     assert found.find("gitlab-registry.example.org", "cms/app") is None
-    assert ducc(IDENT="example.org", USER="ada", PASS="s3cret").find("reg.example.org", "a") == ADA
     assert ducc(IDENT="docker.io", USER="ada", PASS="s3cret").find("registry-1.docker.io", "library/a") == ADA
 
 
 def test_an_ident_elsewhere_in_the_url_gets_nothing() -> None:
     found = ducc(IDENT="reg.example.org", USER="ada", PASS="s3cret")
+    assert found.find("vm.reg.example.org", "app") is None, "whoever writes a wishlist may have a host in the domain"
     assert found.find("evil.example", "reg.example.org/app") is None
     assert found.find("reg.example.org.evil.example", "app") is None
     assert found.find("evil-reg.example.org", "app") is None

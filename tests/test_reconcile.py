@@ -98,6 +98,19 @@ def test_a_wildcard_publishes_every_matching_tag_as_one_flattened_root(site: Sit
     assert exit_code(result, sound=True) == 0
 
 
+def test_what_is_excluded_is_not_published_where_all_tags_are_named_in_full(site: Site) -> None:
+    for tag in ("1.0", "1.1", "1.1-dev"):
+        site.fake.add("org/app", tag, APP)
+    text = (
+        'version: 2\nimages:\n  - {image: HOST/org/app, tags: ["1.0", "1.1", "1.1-dev"], exclude: ["1.0", "*-dev"]}\n'
+    )
+    result = site.run(text=text)
+    assert done(result) == {"org/app:1.1": "published"}
+    assert exit_code(result, sound=True) == 0
+    nothing = text.replace('"*-dev"', '"*"')
+    assert done(site.run(text=nothing, allow_removals=True)) == {"org/app:1.1": "removed"}
+
+
 def test_the_public_name_is_a_relative_link_to_the_image_id_below_flat(site: Site) -> None:
     site.fake.add("org/app", "1.1", APP)
     site.run("HOST/org/app:1.1")

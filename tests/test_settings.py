@@ -85,3 +85,17 @@ def test_a_wishlist_in_git_is_its_remote_and_its_path_there_without_secrets(
 def test_a_wishlist_outside_of_git_is_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert wishlist_identity("w.yaml") == str(tmp_path.resolve() / "w.yaml")
+
+
+def test_without_git_a_checkout_has_no_identity_rather_than_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its path may be the same as every other's, as in a container: they would remove each other's names."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    lists = tmp_path / "lists" / "deep"
+    lists.mkdir(parents=True)
+    assert wishlist_identity(str(lists / "w.yaml")) == str(lists.resolve() / "w.yaml")
+    (tmp_path / "lists" / ".git").mkdir()
+    with pytest.raises(SettingsError, match="install git, say --wishlist-id, or set wishlist_id"):
+        wishlist_identity(str(lists / "w.yaml"))

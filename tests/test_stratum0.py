@@ -20,12 +20,14 @@ from tests.fake_registry import FakeRegistry
 from tests.images import device, directory, fifo, file, hardlink, image, layer, opaque, symlink, whiteout
 from tests.test_cli import User
 from tests.test_publish_stratum0 import edit_by_hand
+from unpacker.assembly import publisher, seen_at
 from unpacker.cvmfs.deflation import dense
 from unpacker.cvmfs.hash import ContentHash
 from unpacker.cvmfs.reader import Reader
 from unpacker.cvmfs.repository import Repository
 from unpacker.publish.stratum0 import Stratum0Publisher
 from unpacker.record import Published
+from unpacker.settings import Settings
 
 REPOSITORY = "try.example.org"
 MANAGED = f"gc{os.getpid()}.example.org"
@@ -296,6 +298,25 @@ class TestKeysAndArguments:
         done = operator("reconcile")
         assert (done.returncode, "Traceback" in done.stderr) == (5, False)
         assert operator("reconcile", UNPACKER_KEYS=str(operator.path / "secret")).returncode == 0
+        renewed = operator("resign", f"stratum0:{operator.repository}", UNPACKER_KEYS=str(operator.path / "secret"))
+        assert renewed.returncode == 0, renewed.stderr
+
+    def test_init_makes_keys_where_all_other_verbs_look_for_them(self, operator: Operator) -> None:
+        where, keys = f"stratum0:{operator.path / 'other'}", str(operator.path / "kept")
+        operator.wishlist("HOST/org/app:1")
+        for line in (("init", where, "--name", "other.example.org"), ("reconcile", "--target", where)):
+            done = operator(*line, UNPACKER_KEYS=keys)
+            assert done.returncode == 0, done.stderr
+        assert not (operator.path / "other.keys").exists()
+
+    def test_users_see_it_at_its_name_below_cvmfs_unless_the_operator_says_otherwise(self, operator: Operator) -> None:
+        """What receipts name."""
+        settings = Settings(target=f"stratum0:{operator.repository}")
+        assert seen_at(settings, publisher(settings)) == f"/cvmfs/{REPOSITORY}"
+        elsewhere = settings.model_copy(update={"published_at": "/mnt/images"})
+        assert seen_at(elsewhere, publisher(elsewhere)) == "/mnt/images"
+        directory = Settings(target=str(operator.target))
+        assert seen_at(directory, publisher(directory)) == str(operator.target)
 
     def test_a_whitelist_near_its_end_is_told_by_status_and_reconcile(self, operator: Operator) -> None:
         operator.wishlist("HOST/org/app:1")

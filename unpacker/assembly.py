@@ -284,7 +284,7 @@ def request(found: Wishlist, path: str, settings: Settings, choice: Choice) -> R
         lock_wait=settings.lock_wait,
         transaction_entries=settings.transaction_entries,
         transaction_bytes=settings.transaction_bytes,
-        attach=None if choice.layout is not None else _attach(settings),
+        attach=None if choice.layout is not None else _attach(settings, target),
     )
 
 
@@ -299,17 +299,26 @@ def _layout(text: str, settings: Settings) -> Layout:
     return found
 
 
-def _attach(settings: Settings) -> Callable[[Published, Image], object] | None:
+def _attach(settings: Settings, target: Target) -> Callable[[Published, Image], object] | None:
     """What attaches receipts, if the settings ask for it."""
     if settings.receipts is None or not settings.receipts.enabled:
         return None
     # oras brings requests and jsonschema: a fifth of a second that only who wants receipts pays.
     from unpacker.receipts import Receipts
 
-    target = _place(settings)
+    mount = seen_at(settings, target)
     receipts = Receipts(access(settings), repository=settings.receipts.repository)
 
     def attach(published: Published, image: Image) -> None:
-        receipts.attach(published, image.pinned.descriptor, target)
+        receipts.attach(published, image.pinned.descriptor, mount)
 
     return attach
+
+
+def seen_at(settings: Settings, target: Target) -> str:
+    """Where users find what is published, as far as the publisher can know."""
+    if settings.published_at:
+        return settings.published_at
+    if (settings.target or "").startswith(_STRATUM0) and not isinstance(target, DirectoryPublisher):
+        return f"{_CVMFS}{target.repository.name}"
+    return _place(settings)

@@ -119,7 +119,7 @@ def _references(
     if wish.digest is not None:
         tag = wish.tags[0].glob if wish.tags else None
         return [Reference(repository=wish.repository, tag=tag, digest=wish.digest)]
-    tags = wish.select(listing) if wish.needs_listing else tuple(p.glob for p in wish.tags)
+    tags = wish.select(listing)
     # Each platform of a tag is an image as large as any other.
     if len(tags) * max(1, len(wish.platforms)) > limits.tags_per_wish:
         error = WishlistError(
@@ -128,7 +128,7 @@ def _references(
         )
         unresolved.append(Unresolved(repository=wish.repository, reference=None, error=error))
         return []
-    if not tags:
+    if not tags and wish.needs_listing:
         error = WishlistError(f"{wish.text} matches none of the tags that {wish.repository} has")
         unresolved.append(Unresolved(repository=wish.repository, reference=None, error=error))
     return [Reference(repository=wish.repository, tag=tag) for tag in tags]

@@ -182,8 +182,9 @@ def wishlist_identity(path: str) -> str:
     """Who a wishlist is, on every machine that has a checkout of it: its git remote and its path there.
 
     Without a git remote it is its absolute path. A user name or token in the remote's URL is left out, because the
-    identity stands in every published record. SettingsError where git refuses to look (somebody else's checkout): a
-    wishlist that changed its identity unnoticed would never again remove what it published.
+    identity stands in every published record. SettingsError where git refuses to look (somebody else's checkout) or is
+    not installed: a wishlist that changed its identity unnoticed would never again remove what it published, and two
+    that had the same would remove each other's.
     """
     absolute = os.path.realpath(path)
     directory = os.path.dirname(absolute)
@@ -202,6 +203,16 @@ def _without_secrets(url: str) -> str:
     return url.removesuffix("/").removesuffix(".git")
 
 
+def _is_checkout(directory: str) -> bool:
+    """Whether a directory, or one above it, has what a working tree of git has."""
+    while not os.path.lexists(os.path.join(directory, ".git")):
+        above = os.path.dirname(directory)
+        if above == directory:
+            return False
+        directory = above
+    return True
+
+
 def _git(directory: str, *arguments: str) -> str:
     try:
         done = subprocess.run(
@@ -212,8 +223,13 @@ def _git(directory: str, *arguments: str) -> str:
             stdin=subprocess.DEVNULL,
             env={**os.environ, "LC_ALL": "C"},
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        if isinstance(error, FileNotFoundError) and not _is_checkout(directory):
+            return ""  # without git, and nothing to ask it
+        raise SettingsError(
+            f"cannot ask git what repository {directory} is of ({error}), so it is not known who this wishlist is: "
+            "install git, say --wishlist-id, or set wishlist_id in the settings"
+        ) from None
     if b"dubious ownership" in done.stderr:
         raise SettingsError(
             f"git refuses to look at {directory}, which another user owns, so it is not known who this wishlist is: "

@@ -98,7 +98,7 @@ def _names(wish: Wish, expansions: Mapping[str, tuple[str, ...]]) -> tuple[str, 
     if wish.digest is not None:
         tag = wish.tags[0].glob if wish.tags else None
         return wish.public_paths(Reference(repository=wish.repository, tag=tag, digest=wish.digest))
-    tags = expansions.get(wish.text, ()) if wish.needs_listing else tuple(p.glob for p in wish.tags)
+    tags = expansions.get(wish.text, ()) if wish.needs_listing else wish.select(())
     references = (Reference(repository=wish.repository, tag=tag) for tag in tags)
     return tuple(path for reference in references for path in wish.public_paths(reference))
 

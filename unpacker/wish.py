@@ -59,8 +59,11 @@ class Wish:
         """The references that are named in full: what they claim is known without asking a registry."""
         if not self.tags:
             return (Reference(repository=self.repository, digest=self.digest),)
-        literals = (pattern.glob for pattern in self.tags if pattern.is_literal)
+        literals = (p.glob for p in self.tags if p.is_literal and not self._excludes(p.glob))
         return tuple(Reference(repository=self.repository, tag=tag, digest=self.digest) for tag in literals)
+
+    def _excludes(self, tag: str) -> bool:
+        return any(pattern.matches(tag) for pattern in self.exclude)
 
     @property
     def places(self) -> tuple[tuple[Place, Platform], ...]:
@@ -80,11 +83,9 @@ class Wish:
             return False
         if reference.tag is None:
             return reference.digest == self.digest
-        if self.digest is not None or not self.needs_listing:
+        if self.digest is not None:
             return any(p.glob == reference.tag for p in self.tags)
-        return any(p.matches(reference.tag) for p in self.tags) and not any(
-            p.matches(reference.tag) for p in self.exclude
-        )
+        return any(p.matches(reference.tag) for p in self.tags) and not self._excludes(reference.tag)
 
     @property
     def meaning(self) -> Wish:

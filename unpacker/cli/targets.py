@@ -149,6 +149,7 @@ def init(
     repository: options.Repository,
     name: Annotated[str, typer.Option("--name", help="The repository's name, such as unpacked.example.org.")],
     keys: options.Keys = None,
+    config: options.Config = None,
     compression: Annotated[
         str, typer.Option("--compression", metavar="dense|fast|stock", help="Of objects.")
     ] = "dense",
@@ -163,17 +164,17 @@ def init(
     from unpacker.cvmfs.repository import Repository as Native
 
     directory = assembly.stratum0(repository)
+    where = options.load_settings(config, keys=keys).keys or f"{directory}.keys"
     made = Native.create(
         directory,
         name,
-        keys,
+        where,
         compression=compression,
         hash=hash_,
         days=days,
         info=None if info is None else _read(info),
         now=int(time.time()),
     )
-    where = keys or f"{directory}.keys"
     print(
         f"made {made.name} in {directory}; its keys are in {where}: back them up, and give {made.name}.pub to clients"
     )
@@ -183,6 +184,7 @@ def init(
 def resign(
     repository: options.Repository,
     keys: options.Keys = None,
+    config: options.Config = None,
     days: Annotated[int, typer.Option("--days", min=1, help="How long from now on it is good for.")] = 30,
 ) -> None:
     """Renew the whitelist of a CernVM-FS repository, without which no client mounts it; needs the master key."""
@@ -191,7 +193,8 @@ def resign(
 
     directory = assembly.stratum0(repository)
     native = Native.open(directory)
-    renewed = native.resign(keys or f"{directory}.keys", days=days, now=int(time.time()))
+    where = options.load_settings(config, keys=keys).keys or f"{directory}.keys"
+    renewed = native.resign(where, days=days, now=int(time.time()))
     print(f"the whitelist of {native.name} is good until {report.moment(renewed.expires)}")
 
 

@@ -82,10 +82,9 @@ class _Labelled:
     mirror: Mirror | None
 
     def covers(self, host: str, name: str) -> bool:
-        # DUCC looks for IDENT anywhere in the URL, so `cern.ch` served every host of that domain; it also served
-        # https://elsewhere.example/cern.ch/x, which must not get the password.
-        own = host == self.place.host or ("." in self.place.host and host.endswith("." + self.place.host))
-        return own and self.place.covers_name(name)
+        # DUCC looks for IDENT anywhere in the URL. But who may write the wishlist chooses the host, and in a large
+        # domain has one: `cern.ch` must not give the password to every machine there.
+        return self.place.covers(host, name)
 
 
 class Keychain:
