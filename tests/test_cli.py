@@ -225,6 +225,21 @@ def test_plan_against_a_list_that_does_not_parse_counts_everything_as_new(user: 
     assert "old.yaml cannot be read, so everything counts as new" in done.stderr
 
 
+def test_plan_against_without_any_registry_is_exit_3_as_it_is_for_plan(user: User) -> None:
+    (user.path / "old.yaml").write_text("version: 2\nimages: []\n")
+    user.wishlist("http://127.0.0.1:1/org/app:1.0")
+    for line in (("plan", "--against", "old.yaml"), ("plan",)):
+        assert user(*line).returncode == 3
+
+
+def test_status_is_of_the_wishlist_that_lies_here(user: User) -> None:
+    user.wishlist("HOST/org/app:1.0")
+    assert user("reconcile").returncode == 0
+    user.wishlist("HOST/org/app:1.0", "HOST/org/later:1")
+    names = json.loads(user("status", "--json").stdout)["names"]
+    assert {name["state"] for name in names} == {"published", "pending"}
+
+
 def test_plan_against_a_list_that_is_not_there_is_an_error(user: User) -> None:
     user.wishlist("HOST/org/app:1.0")
     assert user("plan", "--against", "old.yaml").returncode == 2

@@ -544,7 +544,7 @@ def propose_from(site: Site, old: str, new: str, limits: Limits | None = None) -
     registry = Access(backoff=0.01, attempts=1, timeout=5).open()
     with ThreadPoolExecutor(2) as executor:
         found = propose(wishes(new), wishes(old), registry, executor, limits or Limits())  # type: ignore[arg-type]
-    return {p.name.partition("/")[2]: p.error or p.change for p in found}
+    return {p.name.partition("/")[2]: p.error or p.change for p in found.proposals}
 
 
 def test_what_a_list_that_failed_may_still_hold_is_not_shown_as_dropped(site: Site) -> None:

@@ -202,7 +202,7 @@ def test_their_open_transaction_keeps_us_out_with_a_message_and_is_left_alone(bo
         (tree / "theirs").write_text("not published yet")
         refused = user("reconcile", **target)
         assert refused.returncode == 5
-        assert "a transaction of cvmfs_server is open" in refused.stderr
+        assert "a transaction of cvmfs_server is open, by root, for " in refused.stderr
         assert "publish or abort it with cvmfs_server, or wait for its end" in refused.stderr
         assert "Traceback" not in refused.stderr
         assert both.standing() == set()

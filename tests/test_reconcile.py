@@ -324,6 +324,22 @@ def test_no_registry_reached_is_exit_code_3(site: Site) -> None:
 # -- nothing is lost --------------------------------------------------------------------------------------------
 
 
+def test_an_outage_forgets_neither_since_when_a_tag_failed_nor_since_when_one_is_gone(site: Site) -> None:
+    site.fake.add("org/app", "1.0", APP)
+    site.fake.add("org/app", "1.1", image(layer(file("../../escape", b"x"))))
+    site.fake.add("org/app", "1.2", APP)
+    site.run("HOST/org/app:1.*", clock=lambda: 1000)
+    site.fake.remove("org/app", "1.2")
+    site.run("HOST/org/app:1.*", clock=lambda: 2000)
+    site.fake.fault(status=500, times=100, path="tags/list")
+    site.run("HOST/org/app:1.*", clock=lambda: 3000)
+    site.fake.faults.clear()
+    site.run("HOST/org/app:1.*", clock=lambda: 4000)
+    noted = journal.load(str(site.path / "state"))
+    assert {name.rpartition("/")[2]: failure.since for name, failure in noted.failures.items()} == {"app:1.1": 1000}
+    assert {name.rpartition("/")[2]: since for name, since in noted.vanished.items()} == {"app:1.2": 2000}
+
+
 def test_two_wishlists_alternating_ten_times_remove_nothing_of_each_other(site: Site) -> None:
     for name in ("a", "b"):
         for tag in ("1", "2"):

@@ -114,6 +114,24 @@ def test_a_partial_run_leaves_what_it_did_not_look_at_as_it_was_noted() -> None:
     assert part.expansions == {"w": ("1",)}
 
 
+def test_what_could_not_be_asked_about_stays_as_it_was_noted() -> None:
+    """Else one outage would forget since when a tag has failed, or how long ago it vanished."""
+    before = Journal(
+        failures={"reg/a:1": Failure(since=10, last=20, error="broken", times=2)},
+        vanished={"reg/a:2": 15, "reg/b:1": 15},
+    )
+    after = before.after(
+        failed={"reg/a": "no answer"},
+        vanished=frozenset(),
+        expansions={},
+        seen=None,
+        unknown=frozenset({"reg/a:1", "reg/a:2"}),
+        now=30,
+    )
+    assert after.vanished == {"reg/a:2": 15}
+    assert after.failures["reg/a:1"].since == 10 and after.failures["reg/a"].since == 30
+
+
 def test_the_journal_survives_its_file_and_a_damaged_file_is_set_aside(tmp_path: Path) -> None:
     written = Journal().after(
         failed={"a\udcff": "x"}, vanished=frozenset(), expansions={"w": ("1",)}, seen=None, now=10

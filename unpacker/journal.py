@@ -38,15 +38,21 @@ class Journal:
         vanished: frozenset[str],
         expansions: Mapping[str, tuple[str, ...]],
         seen: frozenset[str] | None,
+        unknown: frozenset[str] = frozenset(),
         now: int,
     ) -> Journal:
-        """The journal after a run. `seen` are the names the run looked at, None for all: the others stay as noted."""
-        failures = {} if seen is None else {k: v for k, v in self.failures.items() if k not in seen}
+        """The journal after a run. `seen` are the names the run looked at, None for all: the others stay as noted, and
+        so do those of which it could learn nothing, the `unknown`: what does not answer has not been mended."""
+
+        def stays(name: str) -> bool:
+            return name in unknown or (seen is not None and name not in seen)
+
+        failures = {name: failure for name, failure in self.failures.items() if stays(name)}
         for name, error in failed.items():
             old = self.failures.get(name)
             since, times = (old.since, old.times + 1) if old else (now, 1)
             failures[name] = Failure(since=since, last=now, error=error, times=times)
-        kept = {} if seen is None else {k: v for k, v in self.vanished.items() if k not in seen}
+        kept = {name: since for name, since in self.vanished.items() if stays(name)}
         return Journal(
             failures=failures,
             vanished=kept | {name: self.vanished.get(name, now) for name in vanished},

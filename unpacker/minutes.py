@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from unpacker import journal
 from unpacker.errors import PublishError
+from unpacker.multiarch import MULTIARCH
 from unpacker.plan import Done, Outcome
 from unpacker.record import Published, Unreadable
 from unpacker.report import status_note
@@ -33,14 +34,25 @@ def journal_after(request: Request, found: Survey, outcomes: Sequence[Outcome]) 
     # Wishes that could not even be listed keep their last expansion, so that `status` still knows their names.
     before = found.history
     kept = {w.text: before.expansions[w.text] for w in request.wishes if w.text in before.expansions}
+    # Where a list could not be read, nothing is known of its names; nor of one that its registry does not tell of.
+    silent = {str(u.repository) for u in found.plan.unresolved if u.reference is None}
+    unresolved = {u.reference.public_path for u in found.plan.unresolved if u.reference is not None}
+    noted = (*before.failures, *before.vanished)
+    unknown = {n for n in noted if _public(n) in unresolved or _public(n).rpartition(":")[0] in silent}
     return before.after(
         # Who asked for a single image was told, and no run will come back to it.
         failed=failed if request.owner is not None else {},
         vanished=frozenset(a.public_path for a in found.plan.actions if a.vanished),
         expansions=kept | expansions,
         seen=frozenset(seen) if partial else None,
+        unknown=frozenset(unknown),
         now=int(request.clock()),
     )
+
+
+def _public(name: str) -> str:
+    """The public name of which this may be one platform."""
+    return name.split("/", 2)[-1] if name.startswith(f"{MULTIARCH}/") else name
 
 
 def status_after(request: Request, found: Survey, outcomes: Sequence[Outcome]) -> bytes | None:

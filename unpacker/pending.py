@@ -45,6 +45,14 @@ def pending(asked: Asked, reader: Reader, settings: Settings, wishlist: Wishlist
             return Pending(
                 state="failing", told=f"it is asked for and fails: {error}", name=path, since=since, error=error
             )
+    for path in asked.paths:
+        # A wish whose tags could not be listed fails under the name of its repository.
+        repository = path.rpartition(":")[0]
+        known = next((name for name in failures if repository and name == repository), None)
+        if known is not None:
+            since, error = failures[known]
+            told = f"the tags of {known}, which may be asked for, cannot be listed: {error}"
+            return Pending(state="failing", told=told, name=path, since=since, error=error)
     if wishlist is None:
         return Pending(state="unknown", told="whether it is asked for, --wishlist WISHLIST tells")
     for path in asked.paths:

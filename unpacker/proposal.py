@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
+from typing import NamedTuple
 
 from unpacker.contracts import Registry
 from unpacker.image import Pinned
 from unpacker.limits import Limits
 from unpacker.multiarch import Place, is_platform_of
 from unpacker.report import Proposal
-from unpacker.resolve import complete, manifest_of, names_of, resolve, unforeseen
+from unpacker.resolve import complete, manifest_of, names_of, resolve, unforeseen, unreachable
 from unpacker.wish import Wish
+
+
+class Proposed(NamedTuple):
+    """What a change of a wishlist comes to, by name, and whether no registry at all could be asked."""
+
+    proposals: tuple[Proposal, ...]
+    is_out_of_reach: bool
 
 
 def propose(
@@ -21,9 +29,8 @@ def propose(
     executor: Executor,
     limits: Limits,
     may_become_public: Collection[str] = (),
-) -> tuple[Proposal, ...]:
-    """Every name that `new` adds to, changes in or drops from `old`; those in both are not
-    asked for.
+) -> Proposed:
+    """Every name that `new` adds to, changes in or drops from `old`; those in both are not asked for.
 
     A name that cannot be looked up, or whose image would be refused, carries its error.
     """
@@ -55,7 +62,7 @@ def propose(
         and str(old_names[path].repository) not in unlisted
     ]
     proposals += [Proposal(name=name, change="drop", error=str(error)) for name, error in old_errors.items()]
-    return tuple(sorted(proposals, key=lambda p: p.name))
+    return Proposed(tuple(sorted(proposals, key=lambda p: p.name)), unreachable(resolution))
 
 
 def _literal_paths(wish: Wish) -> list[str]:

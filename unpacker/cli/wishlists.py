@@ -107,7 +107,9 @@ def _plan_against(wishlist: str, against: str, settings: Settings, *, json: bool
         before = ()
     registry = assembly.registry(settings)
     with ThreadPoolExecutor(settings.connections_per_host) as executor:
-        proposals = propose(new.wishes, before, registry, executor, settings.limits, settings.may_become_public)
+        proposals, is_out_of_reach = propose(
+            new.wishes, before, registry, executor, settings.limits, settings.may_become_public
+        )
     rows, summary = report.proposal_rows(proposals), report.proposal_summary(proposals)
     faults = [str(fault) for fault in new.faults]
     value = {"faults": faults, "proposals": [asdict(p) for p in proposals]}
@@ -118,6 +120,8 @@ def _plan_against(wishlist: str, against: str, settings: Settings, *, json: bool
     output.write_report(report_file, value, report.PROPOSAL_HEADER, rows, summary + report.markdown_list(faults))
     if not new.sound:
         raise typer.Exit(WishlistError.exit_code)
+    if is_out_of_reach:
+        raise typer.Exit(exits.UNREACHABLE)
     raise typer.Exit(exits.SOME_FAILED if any(p.error for p in proposals) else 0)
 
 
@@ -171,7 +175,9 @@ def reconcile(
 
 
 def status(
-    wishlist: Annotated[str | None, typer.Argument(metavar="[WISHLIST]", help="Show what it asks for, too.")] = None,
+    wishlist: Annotated[
+        str | None, typer.Argument(metavar="[WISHLIST]", help="Show what it asks for, too. [wishlist.yaml, if there]")
+    ] = None,
     target: options.Target = None,
     state: options.State = None,
     config: options.Config = None,
@@ -185,6 +191,8 @@ def status(
     settings = options.load_settings(config, target=target, state=state)
     publisher = assembly.publisher(settings)
     wishes = None
+    if wishlist is None and os.path.isfile("wishlist.yaml"):
+        wishlist = "wishlist.yaml"
     if wishlist is not None:
         found = options.read_wishlist(wishlist)
         output.print_faults(found)

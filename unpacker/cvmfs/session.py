@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pwd
 import re
 import secrets
 import socket
@@ -29,8 +28,8 @@ from unpacker.cvmfs import command, files
 from unpacker.cvmfs.command import NOT_MARKED, Done, Running
 from unpacker.cvmfs.ducc import beside_ducc
 from unpacker.cvmfs.server import Server
+from unpacker.cvmfs.spool import json_object, opener
 from unpacker.errors import Busy, PublishError
-from unpacker.lock import duration
 from unpacker.publish import posix
 
 log = logs.Log()
@@ -236,7 +235,7 @@ class Session:
 
     def _token(self) -> _Token | None:
         try:
-            value = _parsed(files.read(self._path, _LIMIT))
+            value = json_object(files.read(self._path, _LIMIT))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -267,7 +266,7 @@ class Session:
     def _holder(self) -> str | None:
         """The token in the flag, "" if another's is open, None if no transaction is."""
         try:
-            token = _parsed(files.read(self._server.flag, _LIMIT)).get("token")
+            token = json_object(files.read(self._server.flag, _LIMIT)).get("token")
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -293,16 +292,10 @@ class Session:
 
     def _foreign(self) -> str:
         """Whose transaction is open, and since when, as far as its flag tells."""
-        try:
-            own = os.lstat(self._server.flag)
-            value = _parsed(files.read(self._server.flag, _LIMIT))
-        except FileNotFoundError:
+        opened = opener(self._server.flag)
+        if opened is None:
             return f"somebody else opened a transaction on {self._server.name}"
-        except OSError as error:
-            raise posix.failure(error, f"looking at {self._server.flag}") from error
-        age = max(0, int(time.time() - own.st_mtime))
-        who = f"by process {value['pid']} of {value.get('host')}" if "pid" in value else f"by {_user(own.st_uid)}"
-        return f"a transaction on {self._server.name} is open, {who}, for {duration(age)} ({self._server.flag})"
+        return f"a transaction on {self._server.name} is open, {opened} ({self._server.flag})"
 
 
 class Opened:
@@ -336,21 +329,6 @@ def _mark(token: _Token) -> dict[str, Any]:
     return {"holder": "unpacker transaction", "token": token.token, "host": token.host, "pid": token.pid}
 
 
-def _parsed(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data) if data else {}
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _said(done: Done) -> str:
     lines = [line.strip() for line in done.said.splitlines() if line.strip()]
     return " | ".join(lines[-4:]) or f"exit code {done.code}"
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"user {uid}"

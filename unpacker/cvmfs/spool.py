@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import secrets
 import shlex
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from unpacker.cvmfs import files
 from unpacker.cvmfs.hash import ContentHash
 from unpacker.errors import Busy, PublishError
-from unpacker.lock import exclusive
+from unpacker.lock import duration, exclusive
 from unpacker.publish import posix
 
 SPOOLS = "/var/spool/cvmfs"
@@ -133,8 +135,9 @@ class Spool:
                     if self._is_left_over():
                         os.unlink(self._flag)
                     elif time.monotonic() >= deadline:
+                        opened = opener(self._flag) or "by somebody else"
                         raise Busy(
-                            f"a transaction of cvmfs_server is open ({self._flag}); publish or abort it with "
+                            f"a transaction of cvmfs_server is open, {opened} ({self._flag}); publish or abort it with "
                             "cvmfs_server, or wait for its end"
                         ) from None
                     else:
@@ -148,10 +151,10 @@ class Spool:
 
     def _is_left_over(self) -> bool:
         try:
-            value = json.loads(files.read(self._flag, _LIMIT))
-        except (FileNotFoundError, ValueError):
+            value = json_object(files.read(self._flag, _LIMIT))
+        except FileNotFoundError:
             return False
-        return isinstance(value, dict) and (value.get("holder"), value.get("host")) == (_MARK, socket.gethostname())
+        return (value.get("holder"), value.get("host")) == (_MARK, socket.gethostname())
 
     def _lower_flag(self) -> None:
         held, self._held = self._held, None
@@ -165,6 +168,35 @@ class Spool:
             pass
         finally:
             os.close(held)
+
+
+def opener(flag: str) -> str | None:
+    """Who opened the transaction of which this is the flag, and how long ago; None if it is open no more."""
+    try:
+        own = os.lstat(flag)
+        value = json_object(files.read(flag, _LIMIT))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise posix.failure(error, f"looking at {flag}") from error
+    who = f"by process {value['pid']} of {value.get('host')}" if "pid" in value else f"by {_user(own.st_uid)}"
+    return f"{who}, for {duration(max(0, int(time.time() - own.st_mtime)))}"
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """What a small file of JSON says; nothing where it says nothing that makes sense."""
+    try:
+        value = json.loads(data) if data else {}
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 def _remove(path: str) -> None:

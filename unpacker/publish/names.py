@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from unpacker import logs
 from unpacker.contracts import Release
 from unpacker.errors import PublishError
 from unpacker.publish.roots import RootFacts, is_note, refuse_foreign, root_path
 from unpacker.record import Published, Unreadable
+
+log = logs.Log()
 
 Standing = Callable[[str], Published | Unreadable | None]
 """Gives what stands published under a name before the transaction."""
@@ -40,6 +43,12 @@ class NameChanges(ABC):
     def _check_place(self, public_path: str) -> None:
         """PublishError if a name is not ours to change."""
         refuse_foreign(self._standing(public_path))
+
+    @staticmethod
+    def _tell(record: Published, altered: Mapping[str, int]) -> None:
+        """Warns, once for each root, of what CernVM-FS cannot hold of an image, or not as it is."""
+        if altered:
+            log.warning("not all of it as in the image", name=record.public_path, **altered)
 
     def _record(self, completed: Published, manifest: bytes) -> Published:
         """Has a name stand for what its record says; gives that record."""

@@ -65,6 +65,7 @@ class ServerTransaction(DirectoryTransaction):
             tree, altered = held(release.tree, self._abilities)
             counts = Counter(release.record.altered)
             counts.update(altered)
+            self._tell(release.record, altered)
             record = replace(release.record, altered=dict(sorted(counts.items())))
             release = replace(release, tree=tree, record=record)
         return super().publish(release)

@@ -143,6 +143,7 @@ class Stratum0Transaction(NameChanges):
         entries, size = _measure(composed)
         altered = Counter(record.altered)
         altered.update(composed.altered)
+        self._tell(record, composed.altered)
         if left_out:
             altered["layers"] += left_out
         self._facts[name] = RootFacts(
