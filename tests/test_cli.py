@@ -240,6 +240,57 @@ def test_status_is_of_the_wishlist_that_lies_here(user: User) -> None:
     assert {name["state"] for name in names} == {"published", "pending"}
 
 
+def test_taking_a_broken_wish_out_of_a_list_fails_no_merge_request(user: User) -> None:
+    user.wishlist("HOST/org/app:1.0", "http://127.0.0.1:1/org/gone:*", "HOST/org/nothing:*", name="old.yaml")
+    user.wishlist("HOST/org/app:1.0")
+    done = user("plan", "--against", "old.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "would fail" not in done.stdout and "org/gone" in done.stdout
+
+
+def test_what_means_nothing_beside_against_is_refused_and_not_ignored(user: User) -> None:
+    user.wishlist("HOST/org/app:1.0", name="old.yaml")
+    for flags in (("--only", "*x*"), ("--detailed-exitcode",), ("--rebuild",), ("--adopt",)):
+        done = user("plan", "--against", "old.yaml", *flags)
+        assert (done.returncode, flags[0] in done.stderr) == (2, True)
+
+
+def test_a_report_that_cannot_be_written_hides_neither_result_nor_exit_code(user: User) -> None:
+    (user.path / "small").mkdir()
+    user.wishlist("HOST/org/app:1.0", "HOST/org/nothing:1")
+    user.fake.add("org/app", "1.0", APP)
+    for flags, ends in (((), 1), (("--only", "*app*"), 2)):
+        done = user("reconcile", "--json", "--report", "/dev/full", *flags)
+        assert done.returncode == ends, done.stderr
+        assert json.loads(done.stdout)["outcomes"]
+        assert "cannot write the report /dev/full: No space left on device" in done.stderr
+
+
+def test_quiet_says_nothing_of_a_list_that_is_sound(user: User) -> None:
+    user.wishlist("HOST/org/app:1.0", "HOST/org/app:1.0")
+    assert "(warning)" in user("validate").stderr
+    done = user("reconcile", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_tilde_is_the_home_directory_in_settings_too(user: User) -> None:
+    user.wishlist("HOST/org/app:1.0")
+    (user.path / "u.toml").write_text('target = "~/tree"\nstate = "~/state"\n')
+    for line in (("-c", "u.toml"), ("--target=~/tree", "--state=~/state")):
+        done = user("reconcile", *line, HOME=str(user.path / "home"), UNPACKER_TARGET="", UNPACKER_STATE="")
+        assert done.returncode == 0, done.stderr
+        assert (user.path / "home" / "tree" / ".flat").is_dir() and (user.path / "home" / "state").is_dir()
+    assert not (user.path / "~").exists()
+
+
+def test_a_name_that_a_wishlist_has_stays_its_own_and_the_one_who_publishes_it_is_told(user: User) -> None:
+    user.wishlist("HOST/org/app:1.0")
+    assert user("reconcile").returncode == 0
+    done = user("publish", f"http://{user.fake.host}/org/app:1.0")
+    assert done.returncode == 0
+    assert "belongs to the wishlist" in done.stderr and "goes when that drops it" in done.stderr
+
+
 def test_plan_against_a_list_that_is_not_there_is_an_error(user: User) -> None:
     user.wishlist("HOST/org/app:1.0")
     assert user("plan", "--against", "old.yaml").returncode == 2

@@ -60,6 +60,20 @@ def test_the_user_directory_comes_before_the_system_one(tmp_path: Path) -> None:
     assert load({}, {"XDG_CONFIG_HOME": str(tmp_path)}).target == "user"
 
 
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"grace_day": 3}, "grace_day: no such setting (is grace_days meant?)"),
+        ({"insecure_registries": "http://a:5000/"}, "is no host"),
+        ({"published_at": "cvmfs/x"}, "no absolute path"),
+    ],
+)
+def test_settings_that_could_never_work_are_told_with_what_would(values: dict[str, object], problem: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(values, {})
+    assert problem in str(caught.value)
+
+
 def git(path: Path, *arguments: str) -> None:
     subprocess.run(["git", "-C", str(path), *arguments], check=True, capture_output=True)
 

@@ -210,6 +210,11 @@ def test_markdown_lets_no_cell_become_markup() -> None:
     assert text.splitlines()[2].count("|") == 2
 
 
+def test_markdown_shows_what_a_name_is() -> None:
+    table = report.markdown(("NAME",), [("a_b*c&d#e",)])
+    assert "a&#95;b&#42;c&#38;d&#35;e" in table
+
+
 def test_json_escapes_what_is_no_utf8() -> None:
     unresolved = Unresolved(
         repository=Reference.parse("r.org/a:1").repository, reference=None, error=RegistryError("odd \udcff")

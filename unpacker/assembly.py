@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -170,7 +171,13 @@ def existing(settings: Settings) -> Target:
     """The target, which must be there: where nothing is, nothing can be verified, collected or removed, and a path
     with a typing error would look like a target in the best of order."""
     target = publisher(settings)
-    if not os.path.isdir(target.path):
+    try:
+        is_directory = stat.S_ISDIR(os.stat(target.path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_directory = False
+    except OSError as error:
+        raise PublishError(f"cannot look at the target {target.path}: {error.strerror}") from None
+    if not is_directory:
         if os.path.lexists(target.path):
             raise PublishError(f"{target.path} is no directory, so it is no target")
         raise PublishError(f"there is no target at {target.path}; a first `unpacker reconcile` makes it")

@@ -66,11 +66,11 @@ def one_line(cell: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cell)
 
 
+_MARKUP = {ord(character): f"&#{ord(character)};" for character in "\\`*_[]<>|&#@"}
+
+
 def _escape(cell: str) -> str:
-    text = one_line(cell)
-    for character in "\\`*_[]<>|&#@":
-        text = text.replace(character, f"&#{ord(character)};")
-    return text
+    return one_line(cell).translate(_MARKUP)
 
 
 def as_json(value: object) -> str:
@@ -300,6 +300,11 @@ class Proposal:
     compressed: int = 0
     error: str = ""
 
+    @property
+    def would_fail(self) -> bool:
+        """Whether it could not be published. What is dropped needs no registry's answer."""
+        return bool(self.error) and self.change != "drop"
+
 
 PROPOSAL_HEADER = ("CHANGE", "NAME", "PLATFORM", "LAYERS", "SIZE", "NOTE")
 
@@ -317,6 +322,6 @@ def proposal_rows(proposals: Iterable[Proposal]) -> list[tuple[str, ...]]:
 def proposal_summary(proposals: Sequence[Proposal]) -> str:
     counts = Counter(p.change for p in proposals)
     total = sum(p.compressed for p in proposals if not p.error)
-    failed = sum(1 for p in proposals if p.error)
+    failed = sum(1 for p in proposals if p.would_fail)
     text = ", ".join(f"{n} {change}" for change, n in sorted(counts.items())) or "nothing changes"
     return f"{text}; {size(total)} to read at most" + (f"; {failed} would fail" if failed else "") + "\n"

@@ -23,6 +23,7 @@ from unpacker.limits import Limits
 from unpacker.reference import Repository
 
 ENVIRONMENT_PREFIX = "UNPACKER_"
+_PATHS = ("target", "published_at", "state", "docker_config", "keys", "notification_file")
 _TABLES = ("limits", "receipts", "modules")
 _DUCCS = {"jobs": "DUCC_MAX_CONCURRENT_DOWNLOADS"}
 """Variables of DUCC that mean the same as a setting, for where that is not set."""
@@ -123,6 +124,10 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str], config: str |
     for key, value in flags.items():
         if value is not None:
             values[key], origin[key] = value, "--" + key.replace("_", "-")
+    for key in _PATHS:
+        # Shells expand it in few of the places where it is written, and none in a file.
+        if isinstance(values.get(key), str) and values[key].startswith("~"):
+            values[key] = os.path.expanduser(values[key])
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
@@ -132,6 +137,12 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str], config: str |
             Repository.parse(name)
         except ValueError as error:
             raise SettingsError(f"may_become_public: {error}") from None
+    for name in settings.insecure_registries:
+        if "/" in name:
+            raise SettingsError(f"insecure_registries: {name!r} is no host (expected registry.example.org:5000)")
+    mount = settings.published_at
+    if mount is not None and not (os.path.isabs(mount) and mount.isprintable()):
+        raise SettingsError(f"published_at: {mount!r} is no absolute path of printable text")
     return settings
 
 
@@ -174,6 +185,9 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
         source = origin.get(str(fault["loc"][0]) if fault["loc"] else "", "") or "settings"
         unknown = fault["type"] in ("extra_forbidden", "unexpected_keyword_argument")
         message = "no such setting" if unknown else fault["msg"]
+        close = difflib.get_close_matches(key, Settings.model_fields, n=1, cutoff=0.8) if unknown else ()
+        if close:
+            message += f" (is {close[0]} meant?)"
         lines.append(f"{source}: {key}: {message}")
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ import typer
 
 from unpacker import __version__
 from unpacker.cli import consumers, exits, targets, wishlists
-from unpacker.cli.output import complain, print_json
+from unpacker.cli.output import complain, has_printed_json, print_json
 from unpacker.errors import UnpackerError
 
 app = typer.Typer(
@@ -66,7 +66,7 @@ def main() -> NoReturn:
         app()
     except UnpackerError as error:
         complain(str(error))
-        if "--json" in sys.argv:
+        if "--json" in sys.argv and not has_printed_json():
             # A program that asked for JSON gets JSON, also where the verb came to nothing.
             print_json({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code})
         sys.exit(error.exit_code)

@@ -7,15 +7,24 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from unpacker import report
 from unpacker.errors import SettingsError
 from unpacker.plan import Resolution
 from unpacker.wishlist import Wishlist
 
+_printed = {"json": False}
+
 
 def print_json(value: object) -> None:
+    _printed["json"] = True
     print(report.as_json(value), end="")
+
+
+def has_printed_json() -> bool:
+    """Whether a document is out: two of them are none."""
+    return _printed["json"]
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], below: str = "") -> None:
@@ -24,10 +33,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], below: str
     print(report.table(header, rows, width=width) + below, end="")
 
 
-def print_faults(found: Wishlist) -> None:
+def print_faults(found: Wishlist, *, quiet: bool = False) -> None:
     for fault in found.faults:
         print(fault, file=sys.stderr)
-    for warning in found.warnings:
+    for warning in () if quiet else found.warnings:
         print(f"{warning} (warning)", file=sys.stderr)
 
 
@@ -72,6 +81,9 @@ def write_report(
         if written != path:
             os.replace(written, path)
     except OSError as error:
+        if written != path:
+            with suppress(OSError):
+                os.unlink(written)
         raise SettingsError(f"cannot write the report {path}: {error.strerror}") from None
 
 

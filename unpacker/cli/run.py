@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 import typer
 
 from unpacker import assembly, report
 from unpacker.cli import output
+from unpacker.errors import SettingsError
 from unpacker.notifications import notified
+from unpacker.plan import Outcome
 from unpacker.progress import shown
 from unpacker.reconcile import exit_code, reconcile
+from unpacker.record import Published
 from unpacker.settings import Settings
 from unpacker.wishlist import Wishlist
 
@@ -57,5 +61,20 @@ def carry_out(
         output.warn(result.survey.plan.warnings)
         output.print_table(report.OUTCOME_HEADER, rows, summary)
     output.warn(str(trouble) for trouble in result.troubles)
-    output.write_report(report_file, value, report.OUTCOME_HEADER, rows, summary)
+    if choice.anonymous:
+        output.warn(_owned(result.outcomes))
+    try:
+        output.write_report(report_file, value, report.OUTCOME_HEADER, rows, summary)
+    except SettingsError as error:
+        # It must not hide how the run itself ended.
+        output.complain(str(error))
+        code = code or error.exit_code
     raise typer.Exit(code)
+
+
+def _owned(outcomes: Iterable[Outcome]) -> Iterator[str]:
+    """What to know of names that a person published, and that a wishlist has."""
+    for outcome in outcomes:
+        standing = outcome.published or outcome.action.before
+        if isinstance(standing, Published) and standing.wishlist is not None:
+            yield f"{standing.public_path} belongs to the wishlist {standing.wishlist}, and goes when that drops it"

@@ -16,7 +16,7 @@ import typer
 
 from unpacker import report
 from unpacker.cli import exits, options, output
-from unpacker.errors import WishlistError
+from unpacker.errors import SettingsError, WishlistError
 
 if TYPE_CHECKING:
     from unpacker.settings import Settings
@@ -59,6 +59,9 @@ def plan(
     options.configure_logs(verbose=verbose, quiet=False, log_format=log_format)
     output.check_report(report_file)
     if against is not None:
+        given = {"--only": only, "--rebuild": rebuild, "--adopt": adopt, "--detailed-exitcode": detailed_exitcode}
+        for flag in (flag for flag, value in given.items() if value):
+            raise SettingsError(f"{flag} is of a target, and --against asks none: leave one of the two out")
         _plan_against(wishlist, against, settings, json=json, report_file=report_file)
     from unpacker import assembly
     from unpacker.resolve import unreachable
@@ -122,7 +125,7 @@ def _plan_against(wishlist: str, against: str, settings: Settings, *, json: bool
         raise typer.Exit(WishlistError.exit_code)
     if is_out_of_reach:
         raise typer.Exit(exits.UNREACHABLE)
-    raise typer.Exit(exits.SOME_FAILED if any(p.error for p in proposals) else 0)
+    raise typer.Exit(exits.SOME_FAILED if any(p.would_fail for p in proposals) else 0)
 
 
 def reconcile(
@@ -169,7 +172,7 @@ def reconcile(
     )
     options.configure_logs(verbose=verbose, quiet=quiet, log_format=log_format)
     found = options.read_wishlist(wishlist)
-    output.print_faults(found)
+    output.print_faults(found, quiet=quiet)
     choice = assembly.Choice(only=only, rebuild=rebuild, adopt=adopt, allow_removals=allow_removals)
     carry_out(found, wishlist, settings, choice, json=json, quiet=quiet, report_file=report_file)
 
@@ -206,7 +209,7 @@ def status(
     if json:
         output.print_json({"finished": report.moment(history.finished), "names": report.status_json(rows)})
     else:
-        last = f"last run {report.age(now - history.finished)} ago" if history.finished else "no run yet"
+        last = f"last run {report.age(now - history.finished)} ago" if history.finished else "no run noted here"
         counts = ", ".join(
             f"{sum(r.state is s for r in rows)} {s.value}" for s in Standing if any(r.state is s for r in rows)
         )
