@@ -205,6 +205,45 @@ def test_lost_and_damaged_objects_are_told_by_name_and_a_rebuild_mends_them(oper
     operator.check()
 
 
+def test_a_named_snapshot_stays_readable_until_its_name_is_taken_away(
+    operator: Operator, registry: FakeRegistry
+) -> None:
+    where = f"stratum0:{operator.repository}"
+    version = ContentHash.of(dense(b"1"), "sha1")
+    operator.wishlist("HOST/org/app:*")
+    operator.done("reconcile")
+    operator.done("snapshot", where, "2026-paper", "-m", "what the paper used")
+    (listed,) = json.loads(operator.done("snapshot", where, "--json"))["snapshots"]
+    assert (listed["name"], listed["description"]) == ("2026-paper", "what the paper used")
+    operator.check()
+    registry.add("org/app", "1", THIRD)
+    operator.done("reconcile")
+    registry.remove("org/app")
+    registry.add("org/app", "3", THIRD)
+    operator.done("reconcile")
+    operator.done("remove", f"{registry.host}/org/app:1")
+    operator.done("gc", "--grace", "0", "--keep-revisions", "0")
+    operator.done("gc", "--grace", "0", "--keep-revisions", "0")
+    operator.check()
+    repository = Repository.open(str(operator.repository))
+    tag = repository.history(repository.manifest()).tag("2026-paper")
+    assert tag is not None and tag.revision == listed["revision"]
+    with Reader(repository.objects, tag.root) as reader:
+        assert reader.lookup(f"/{registry.host}/org/app:1") is not None
+    assert repository.objects.has(version)
+    taken = operator("snapshot", where, "2026-paper")
+    assert (taken.returncode, "is the name of revision" in taken.stderr) == (5, True)
+    assert operator("snapshot", where, "trunk").returncode == 2
+    assert operator("snapshot", where, "--remove", "never").returncode == 5
+    operator.done("snapshot", where, "2026-paper", "--remove")
+    assert "0 named snapshots" in operator.done("snapshot", where)
+    registry.add("org/app", "4", SECOND)
+    operator.done("reconcile")  # the last revision but one has the root of the first image still
+    operator.done("gc", "--grace", "0", "--keep-revisions", "0")
+    assert not repository.objects.has(version)
+    operator.check()
+
+
 @pytest.mark.parametrize("between", [False, True], ids=["at once", "after another publish"])
 def test_a_root_that_somebody_took_away_is_published_again(
     operator: Operator, registry: FakeRegistry, between: bool

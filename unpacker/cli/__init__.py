@@ -43,6 +43,7 @@ VERBS = (
     targets.gc,
     targets.init,
     targets.resign,
+    targets.snapshot,
 )
 for verb in VERBS:
     app.command()(verb)

@@ -1,4 +1,4 @@
-"""The verbs that work on a target without a wishlist: publish, remove, verify, gc, init, resign."""
+"""The verbs that work on a target without a wishlist: publish, remove, verify, gc, init, resign, snapshot."""
 
 from __future__ import annotations
 
@@ -196,6 +196,50 @@ def resign(
     where = options.load_settings(config, keys=keys).keys or f"{directory}.keys"
     renewed = native.resign(where, days=days, now=int(time.time()))
     print(f"the whitelist of {native.name} is good until {report.moment(renewed.expires)}")
+
+
+def snapshot(
+    repository: options.Repository,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="What to call the published revision.")] = None,
+    message: Annotated[
+        str, typer.Option("--message", "-m", metavar="TEXT", help="What it is, for who lists them.")
+    ] = "",
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Take the name away; gc then takes what only it kept.")
+    ] = False,
+    keys: options.Keys = None,
+    config: options.Config = None,
+    lock_wait: options.Wait = None,
+    json: options.Json = False,
+) -> None:
+    """Name the published revision of a CernVM-FS repository, so that it stays readable; without NAME list them."""
+    from unpacker import assembly
+    from unpacker.publish.stratum0 import Stratum0Publisher
+
+    settings = options.load_settings(config, keys=keys, lock_wait=lock_wait)
+    publisher = Stratum0Publisher(assembly.stratum0(repository), settings.keys)
+    if name is None and remove:
+        raise SettingsError("--remove needs the NAME of a snapshot")
+    with publisher.lock(settings.lock_wait) if name is not None else nullcontext():
+        if name is not None and remove:
+            publisher.forget_snapshot(name)
+        elif name is not None:
+            publisher.name_snapshot(name, message)
+    found = publisher.snapshots()
+    if json:
+        rows = [
+            {
+                "name": tag.name,
+                "revision": tag.revision,
+                "published": report.moment(tag.timestamp),
+                "description": tag.description,
+            }
+            for tag in found
+        ]
+        output.print_json({"snapshots": rows})
+        return
+    table = [(tag.name, str(tag.revision), report.moment(tag.timestamp) or "", tag.description) for tag in found]
+    output.print_table(("NAME", "REVISION", "PUBLISHED", "WHAT IT IS"), table, f"{len(table)} named snapshots\n")
 
 
 def _read(path: str) -> bytes:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from unpacker.cvmfs import files, manifest, objects, reflog
 from unpacker.cvmfs.catalog import Catalog
 from unpacker.cvmfs.hash import ContentHash
-from unpacker.cvmfs.history import Tag
+from unpacker.cvmfs.history import History, Tag
 from unpacker.cvmfs.keys import RepositoryKey
 from unpacker.cvmfs.manifest import Manifest
 from unpacker.cvmfs.reflog import Kind, Ref, Reflog
@@ -48,6 +48,7 @@ class Transaction:
     def __init__(self, repository: Repository, key: RepositoryKey, now: int) -> None:
         self._repository = repository
         self._key = key
+        self._now = now
         self._published = published_bytes(repository.directory)
         self.base = repository.manifest()
         if self.base.alternative_paths:
@@ -79,12 +80,7 @@ class Transaction:
         stamp = max(now, self.base.published)  # Clients refuse a manifest older than the one they have.
         self._check_follows(root, root_size)
         head = Tag(name="", root=root, root_size=root_size, revision=self.next_revision, timestamp=stamp)
-        history = repository.history(self.base)
-        for name in untag:
-            history = history.without(name)
-        history = history.advanced(head)
-        for name, description in (tags or {}).items():
-            history = history.with_tag(replace(head, name=name, description=description))
+        history = _tagged(repository.history(self.base).advanced(head), head, tags or {}, untag)
         if self.base.history is not None:
             history = history.following(self.base.history)
         stored_history = repository.store(history.data, objects.HISTORY)
@@ -106,6 +102,25 @@ class Transaction:
             history=stored_history,
         )
         return self._switch(following, self.reflog.with_refs(refs))
+
+    def tag(self, tags: Mapping[str, str], untag: Sequence[str] = ()) -> Manifest:
+        """Names what is published (name: description), and takes names away, at the same revision."""
+        repository = self._repository
+        head = Tag(
+            name="",
+            root=self.base.root,
+            root_size=self.base.root_size,
+            revision=self.base.revision,
+            timestamp=self.base.published,
+        )
+        history = _tagged(repository.history(self.base), head, tags, untag)
+        if self.base.history is not None:
+            history = history.following(self.base.history)
+        stored = repository.store(history.data, objects.HISTORY)
+        repository.sync()
+        return self._switch(
+            replace(self.base, history=stored), self.reflog.with_refs([Ref(stored, Kind.HISTORY, self._now)])
+        )
 
     def replace_reflog(self, log: Reflog) -> Manifest:
         """Puts another reference log in place, at the same revision: for garbage collection. It must list all that the
@@ -206,3 +221,11 @@ class Transaction:
         # What garbage collection took is gone for good; what is published must be there, or reading it raises.
         published = name in (self.base.root, self.base.history)
         return published or self._repository.objects.has(name, suffix)
+
+
+def _tagged(history: History, head: Tag, tags: Mapping[str, str], untag: Sequence[str]) -> History:
+    for name in untag:
+        history = history.without(name)
+    for name, description in tags.items():
+        history = history.with_tag(replace(head, name=name, description=description))
+    return history

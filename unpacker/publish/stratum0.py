@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from unpacker.cvmfs import gc, spool
 from unpacker.cvmfs import keys as key_files
 from unpacker.cvmfs.contents import RepositoryContents
+from unpacker.cvmfs.history import PREVIOUS, TRUNK, Tag, check_tag
 from unpacker.cvmfs.reader import Reader
 from unpacker.cvmfs.repository import Repository
 from unpacker.cvmfs.transaction import transaction as cvmfs_transaction
@@ -164,6 +165,35 @@ class Stratum0Publisher:
             stack.enter_context(repository.lock(wait))
             self._held = stack.pop_all()
         return repository
+
+    # Named snapshots -------------------------------------------------------------------------------------------------
+
+    def snapshots(self) -> list[Tag]:
+        """The revisions that have a name, the newest first; those that every publish moves are not among them."""
+        repository = Repository.open(self.path)
+        tags = repository.history(repository.manifest()).tags()
+        return [tag for tag in tags if tag.name not in (TRUNK, PREVIOUS)]
+
+    def name_snapshot(self, name: str, description: str) -> Tag:
+        """Gives what is published a name, under which it can be read for as long as it has it."""
+        check_tag(name)
+        with (
+            self.lock(self._wait),
+            cvmfs_transaction(self.repository, now=int(self._clock()), wait=self._wait) as within,
+        ):
+            standing = next((tag for tag in self.snapshots() if tag.name == name), None)
+            if standing is not None and standing.root != within.base.root:
+                raise PublishError(f"{name} is the name of revision {standing.revision} already: remove it first")
+            within.tag({name: description})
+            return next(tag for tag in self.snapshots() if tag.name == name)
+
+    def forget_snapshot(self, name: str) -> None:
+        """Takes a name away; what only it kept goes with the next gc."""
+        with (
+            self.lock(self._wait),
+            cvmfs_transaction(self.repository, now=int(self._clock()), wait=self._wait) as within,
+        ):
+            within.tag({}, (name,))
 
     # What stands there -----------------------------------------------------------------------------------------------
 
