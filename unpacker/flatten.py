@@ -344,11 +344,11 @@ class Growing:
             raise ImageError(
                 f"{self.image.pinned.reference}: {self.entries} entries of {self._size} bytes in its first "
                 f"{self._applied + 1} layers, more than the {limits.image_entries} and {limits.image_unpacked} "
-                f"that the operator allows"
+                f"that the operator allows (limits.image_entries, limits.image_unpacked)"
             )
         if self.weight > budget.heaviest(limits):
             raise ImageError(
                 f"{self.image.pinned.reference}: names and extended attributes in its first {self._applied + 1} layers "
                 f"that fill the memory of {self.weight} entries, more than twice the {limits.image_entries} that the "
-                f"operator allows"
+                f"operator allows (limits.image_entries)"
             )

@@ -134,7 +134,7 @@ def _inflate(stream: Stream, declared: str, layer: Layer, limits: Limits, pipe: 
     while data := inflated.read(compression.PIECE):
         size += len(data)
         if size > limits.image_unpacked:
-            raise _BeyondLimit(f"{what}: more than {limits.image_unpacked} bytes uncompressed")
+            raise _BeyondLimit(f"{what}: more than {limits.image_unpacked} bytes uncompressed (limits.image_unpacked)")
         hasher.update(data)
         pipe.write(data)
     if hasher.hexdigest() != diff_id.hex:
@@ -237,7 +237,7 @@ class _Reading:
         normal, entries, limit = self._paths.normal, self._entries, self._most_entries
         for count, member in enumerate(tar, 1):
             if count > limit:
-                raise self._beyond(f"{self._what}: more than {limit} entries")
+                raise self._beyond(f"{self._what}: more than {limit} entries (limits.image_entries)")
             path = normal(member.path)
             self._hold(len(path) + len(member.target))
             if _WHITEOUT in path and self._is_reserved(path, member, tar):
@@ -284,7 +284,9 @@ class _Reading:
         if kind is Kind.FILE:
             self._content_size += size
             if self._content_size > self._limits.image_unpacked:
-                raise _BeyondLimit(f"{self._what}: more than {self._limits.image_unpacked} bytes of files")
+                raise _BeyondLimit(
+                    f"{self._what}: more than {self._limits.image_unpacked} bytes of files (limits.image_unpacked)"
+                )
             token = self._batches.put(tar, size, entry)
             # As _replace, at a third of its price.
             return Entry._make((*entry[:10], token, entry[11]))
@@ -369,11 +371,13 @@ class Paths:
                 parts.pop()
                 continue
             if len(part.encode("utf-8", "surrogateescape")) > self._name_limit:
-                raise ImageError(f"{self._what}: {_short(path)} has a name of more than {self._name_limit} bytes")
+                raise ImageError(
+                    f"{self._what}: {_short(path)} has a name of more than {self._name_limit} bytes (limits.name)"
+                )
             parts.append(part)
         normal = "/".join(parts)
         if len(normal.encode("utf-8", "surrogateescape")) > self._path_limit:
-            raise ImageError(f"{self._what}: {_short(path)} is longer than {self._path_limit} bytes")
+            raise ImageError(f"{self._what}: {_short(path)} is longer than {self._path_limit} bytes (limits.path)")
         if name not in ("", ".", "..") and len(parent) <= _PARENT_LENGTH:
             if len(self._parents) >= _PARENTS_REMEMBERED:
                 self._parents = {"": ""}

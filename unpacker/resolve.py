@@ -124,7 +124,7 @@ def _references(
     if len(tags) * max(1, len(wish.platforms)) > limits.tags_per_wish:
         error = WishlistError(
             f"{wish.text} matches {len(tags)} tags{_each(wish)}, more than the {limits.tags_per_wish} that "
-            f"the operator allows: narrow the pattern or add `newest: N`"
+            f"the operator allows (limits.tags_per_wish): narrow the pattern or add `newest: N`"
         )
         unresolved.append(Unresolved(repository=wish.repository, reference=None, error=error))
         return []
@@ -196,7 +196,7 @@ def complete(
     if manifest.compressed_size > limits.image_compressed:
         raise ImageError(
             f"{pinned.reference}: {manifest.compressed_size / 1e9:.1f} GB compressed, more than the "
-            f"{limits.image_compressed / 1e9:.0f} GB that the operator allows"
+            f"{limits.image_compressed / 1e9:.0f} GB that the operator allows (limits.image_compressed)"
         )
     return Image(
         pinned=pinned,
@@ -232,7 +232,9 @@ def _platforms(index: Index) -> tuple[Platform, ...]:
 def config_of(manifest: Manifest, repository: Repository, registry: Registry, limits: Limits) -> ImageConfig:
     """An image's config, its bytes verified."""
     if manifest.config.size > limits.config:
-        raise ImageError(f"{repository}: config of {manifest.config.size} bytes, more than {limits.config}")
+        raise ImageError(
+            f"{repository}: config of {manifest.config.size} bytes, more than {limits.config} (limits.config)"
+        )
     with registry.blob(repository, manifest.config) as stream:
         return ImageConfig.parse(_read_all(stream, manifest.config))
 
