@@ -66,7 +66,8 @@ def test_what_only_looks_like_loopback_is_not(host: str) -> None:
     ("text", "problem"),
     [
         ("alpine:3", "no registry host.*registry.hub.docker.com/library/alpine:3"),
-        ("atlas/athena:1", "no registry host.*registry.hub.docker.com/atlas/athena"),
+        ("atlas/athena:1", "no registry host.*registry.hub.docker.com/atlas/athena:1"),
+        ("alpine@sha256:" + "0" * 64, "no registry host.*registry.hub.docker.com/library/alpine@sha256:0"),
         ("ghcr.io/a/b", "neither tag nor digest.*ghcr.io/a/b:latest"),
         ("ghcr.io/a/b:", "empty tag"),
         ("ghcr.io/A/b:1", "not a repository name"),

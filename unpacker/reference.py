@@ -46,6 +46,15 @@ def is_tag(text: str) -> bool:
     return _TAG.fullmatch(text) is not None
 
 
+class _NoHost(ValueError):
+    """An image name that starts with no registry."""
+
+    def __init__(self, text: str) -> None:
+        name = text.rpartition("://")[2]
+        hint = f"registry.hub.docker.com/{name if '/' in name else 'library/' + name}"
+        super().__init__(f"no registry host in {text!r} (for Docker Hub write {hint})")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Repository:
     """Where images of one name live. `registry` is `host[:port]` as written; `scheme` is https or http."""
@@ -67,8 +76,7 @@ class Repository:
             raise ValueError(f"{scheme}:// is not a registry's scheme (expected https://registry/repository)")
         registry, slash, name = rest.partition("/")
         if not slash or not _is_registry(registry):
-            hint = f"registry.hub.docker.com/{rest if slash else 'library/' + rest}"
-            raise ValueError(f"no registry host in {text!r} (for Docker Hub write {hint})")
+            raise _NoHost(text)
         if not _NAME.fullmatch(name):
             raise ValueError(
                 f"not a repository name: {name!r} (lower-case letters, digits, separators . _ - between them, "
@@ -190,9 +198,9 @@ def split(text: str) -> ImageName:
     if not text or " " in text or not text.isprintable():
         raise ValueError(f"not an image name: {text!r} (empty, or with blanks or control characters)")
     # Neither is repeated in the message: what stands there is likely a secret.
-    if _CREDENTIALS.match(text):
+    if "@" in text and _CREDENTIALS.match(text):
         raise ValueError("an image name holds no user or password (credentials belong to the operator's settings)")
-    if _QUERY.search(text):
+    if "?" in text and _QUERY.search(text):
         raise ValueError("an image name has no query string (expected registry/repository:tag)")
     rest, at, digest_text = text.partition("@")
     digest = Digest.parse(digest_text) if at else None
@@ -202,7 +210,10 @@ def split(text: str) -> ImageName:
     if colon and not slash:
         # `host:5000` or `alpine:3`: the registry is what is missing, and Repository.parse says so.
         last, colon, tag = path, "", ""
-    repository = _repository(f"{scheme}{separator}{head}{slash}{last}")
+    try:
+        repository = _repository(f"{scheme}{separator}{head}{slash}{last}")
+    except _NoHost:
+        raise _NoHost(text) from None  # with its tag, so that what the message says to write is whole
     if colon and not tag:
         raise ValueError(f"empty tag in {text!r}")
     return ImageName(repository, tag if colon else None, digest)
