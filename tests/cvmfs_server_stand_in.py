@@ -83,8 +83,12 @@ class StandIn:
 
     def fail(self, verb: str, how: str) -> None:
         """The next time of a verb goes wrong: `code:N` at once, `late:N` when all is done but the end, `die` killed in
-        the middle, `hang:SECONDS` before the middle."""
+        the middle, `hang` before the middle until `go_on`."""
         (self.place / f"fail-{verb}").write_text(how)
+
+    def go_on(self) -> None:
+        """Ends what hangs."""
+        (self.place / "go").touch()
 
     def said(self) -> list[list[str]]:
         """Every command line so far."""
@@ -131,11 +135,12 @@ def _failure(it: StandIn, verb: str) -> str:
     return how
 
 
-def _midway(how: str) -> None:
+def _midway(it: StandIn, how: str) -> None:
     if how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    if how.startswith("hang:"):
-        time.sleep(float(how[5:]))
+    deadline = time.monotonic() + 60
+    while how == "hang" and not (it.place / "go").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _transaction(it: StandIn, below: str, arguments: list[str], how: str) -> None:
@@ -152,7 +157,7 @@ def _transaction(it: StandIn, below: str, arguments: list[str], how: str) -> Non
             print("CernVM-FS transaction error: lease path busy")
             sys.exit(16)
         (it.spool / "session_token").write_text(below)
-    _midway(how)
+    _midway(it, how)
 
 
 def _publish(it: StandIn, below: str, arguments: list[str], how: str) -> None:
@@ -167,7 +172,7 @@ def _publish(it: StandIn, below: str, arguments: list[str], how: str) -> None:
     fresh = it.spool / "rdonly.new"
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(it.union, fresh, symlinks=True)
-    _midway(how)
+    _midway(it, how)
     it.readonly.rename(it.spool / "rdonly.old")
     fresh.rename(it.readonly)
     shutil.rmtree(it.spool / "rdonly.old")
@@ -184,7 +189,7 @@ def _abort(it: StandIn, below: str, arguments: list[str], how: str) -> None:
     if not it.flag.exists():
         _let_go(it, lock)
         sys.exit(22)
-    _midway(how)
+    _midway(it, how)
     shutil.rmtree(it.union)
     shutil.copytree(it.readonly, it.union, symlinks=True)
     (it.spool / "session_token").unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -284,6 +285,7 @@ class TestEnding:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from threading import Timer
 from tests import test_managed_discipline as t
 from unpacker.cvmfs import command
 publisher = t.opened(t.StandIn(Path(sys.argv[1])))
@@ -334,10 +336,11 @@ class TestKilled:
         assert verbs(stand_in).count("abort") == (0 if where == "publishing" else 1)
 
     def test_a_publish_that_outlives_its_run_is_waited_for_and_never_aborted(self, stand_in: StandIn) -> None:
-        stand_in.fail("publish", "hang:1.5")
+        stand_in.fail("publish", "hang")
         killed(stand_in, "publishing")
         with pytest.raises(Busy, match="still at work"), opened(stand_in).lock():
             pass
+        Timer(0.5, stand_in.go_on).start()
         with opened(stand_in).lock(20):
             assert set(opened(stand_in).published()) == {NAME}
         assert "abort" not in verbs(stand_in)
@@ -402,24 +405,26 @@ def test_a_command_becomes_the_owner_of_a_repository_by_a_shell_that_can(monkeyp
 class TestTermination:
     def test_a_signal_to_stop_ends_no_command_in_the_middle(self, stand_in: StandIn) -> None:
         script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "None")
-        stand_in.fail("publish", "hang:1")
+        stand_in.fail("publish", "hang")
         run = subprocess.Popen([sys.executable, "-c", script, str(stand_in.place), ""], cwd=TOP)
         deadline = time.monotonic() + 30
         while "publish" not in verbs(stand_in) and time.monotonic() < deadline:
             time.sleep(0.02)
         run.send_signal(signal.SIGINT)
+        stand_in.go_on()
         run.wait(30)
         assert set(opened(stand_in).published()) == {NAME}
         assert is_clean(stand_in)
 
     def test_a_signal_to_stop_while_one_is_being_opened_leaves_none_open(self, stand_in: StandIn) -> None:
         script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "None")
-        stand_in.fail("transaction", "hang:1")
+        stand_in.fail("transaction", "hang")
         run = subprocess.Popen([sys.executable, "-c", script, str(stand_in.place), ""], cwd=TOP)
         deadline = time.monotonic() + 30
         while not stand_in.flag.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         run.send_signal(signal.SIGINT)
+        stand_in.go_on()
         run.wait(30)
         assert verbs(stand_in) == ["transaction", "abort"]
         assert is_clean(stand_in)

@@ -246,7 +246,7 @@ def test_retry_after_is_honoured(client: Client, registry: FakeRegistry) -> None
 
 def test_one_refusal_holds_back_all_threads(client: Client, registry: FakeRegistry) -> None:
     registry.add("org/app", "1.0", APP)
-    registry.fault(status=429, headers={"Retry-After": "1"})
+    registry.fault(status=429, headers={"Retry-After": "2"})
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(client.head, app(registry))
         while registry.count() == 0:
