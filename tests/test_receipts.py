@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -246,6 +249,53 @@ def test_a_wildcard_does_not_wish_for_what_is_attached() -> None:
     attached = [referrers_tag(DIGEST), referrers_tag(Digest("sha512", "cd" * 64)), f"{referrers_tag(DIGEST)}.sig"]
     assert select(["1.0", *attached], tags=(TagPattern("*"),)) == ("1.0",)
     assert select(attached, tags=(TagPattern(attached[0]),)) == (attached[0],), "by its full name it is asked for"
+
+
+# Of what stands published already.
+
+
+def unpacker(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    top = Path(__file__).parent.parent
+    environment = {"UNPACKER_TARGET": str(tmp_path / "target"), "UNPACKER_STATE": str(tmp_path / "state")}
+    return subprocess.run(
+        [sys.executable, "-m", "unpacker", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(top), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_what_was_published_without_receipts_gets_them_later(docker_registry: DockerRegistry, tmp_path: Path) -> None:
+    digests = [docker_registry.push("receipts/later", tag, image(layer(file("a", tag.encode())))) for tag in "12"]
+    gone = docker_registry.push("receipts/gone", "3", image(layer(file("a", b"gone"))))
+    wishes = [f"- http://{docker_registry.host}/receipts/{name}" for name in ("later:1", "later:2", "gone:3")]
+    (tmp_path / "wishlist.yaml").write_text("\n".join(["version: 2", "images:", *wishes, ""]))
+    assert unpacker(tmp_path, "reconcile").returncode == 0
+
+    refused = unpacker(tmp_path, "receipts")
+    assert refused.returncode == SettingsError.exit_code and "switched off" in refused.stderr
+
+    (tmp_path / "unpacker.toml").write_text("[receipts]\nenabled = true\n")
+    delete = urllib.request.Request(f"{docker_registry.url}/v2/receipts/gone/manifests/{gone}", method="DELETE")
+    urllib.request.urlopen(delete).close()
+    done = unpacker(tmp_path, "receipts", "--config", "unpacker.toml", "--json")
+    assert done.returncode == 1, done.stderr
+    said = json.loads(done.stdout)
+    name = f"{docker_registry.host}/receipts/gone:3"
+    assert said["attached"] == 2 and [each["name"] for each in said["failed"]] == [name]
+
+    def lists() -> list[Any]:
+        return [read(docker_registry, "receipts/later", digest.replace(":", "-")) for digest in digests]
+
+    paths = [e["annotations"]["vnd.unpacker.receipt.path"] for each in lists() for e in each["manifests"]]
+    assert paths == [f"{tmp_path}/target/{docker_registry.host}/receipts/later:{tag}" for tag in "12"]
+    before = lists()
+    again = unpacker(tmp_path, "receipts", f"{docker_registry.host}/receipts/later:1", "--config", "unpacker.toml")
+    assert (again.returncode, again.stdout) == (0, "1 receipts attached, 0 not\n")
+    assert lists() == before
 
 
 # With a registry made of answers.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from unpacker import journal
 from unpacker.contracts import Registry
 from unpacker.errors import PublishError, SettingsError, WishlistError
-from unpacker.image import Image
+from unpacker.oci import Descriptor
 from unpacker.publish.directory import DirectoryPublisher
 from unpacker.readers import DirectoryReader, Reader, RepositoryReader, check
 from unpacker.record import Published, Unreadable
@@ -291,7 +291,7 @@ def request(found: Wishlist, path: str, settings: Settings, choice: Choice) -> R
         lock_wait=settings.lock_wait,
         transaction_entries=settings.transaction_entries,
         transaction_bytes=settings.transaction_bytes,
-        attach=None if choice.layout is not None else _attach(settings, target),
+        attach=None if choice.layout is not None else attach(settings, target),
     )
 
 
@@ -306,8 +306,8 @@ def _layout(text: str, settings: Settings) -> Layout:
     return found
 
 
-def _attach(settings: Settings, target: Target) -> Callable[[Published, Image], object] | None:
-    """What attaches receipts, if the settings ask for it."""
+def attach(settings: Settings, target: Target) -> Callable[[Published, Descriptor], object] | None:
+    """What attaches a receipt to what a tag points at, if the settings ask for it."""
     if settings.receipts is None or not settings.receipts.enabled:
         return None
     # oras brings requests and jsonschema: a fifth of a second that only who wants receipts pays.
@@ -315,11 +315,7 @@ def _attach(settings: Settings, target: Target) -> Callable[[Published, Image], 
 
     mount = seen_at(settings, target)
     receipts = Receipts(access(settings), repository=settings.receipts.repository)
-
-    def attach(published: Published, image: Image) -> None:
-        receipts.attach(published, image.pinned.descriptor, mount)
-
-    return attach
+    return lambda published, subject: receipts.attach(published, subject, mount)
 
 
 def seen_at(settings: Settings, target: Target) -> str:

@@ -310,7 +310,7 @@ class Execution:
         if self._request.attach is None:
             return
         try:
-            self._request.attach(published, image)
+            self._request.attach(published, image.pinned.descriptor)
         except Exception as error:  # noqa: BLE001 - whatever it is, the name is published
             log.warning("receipt not attached", name=published.public_path, error=str(unforeseen(error)))
 

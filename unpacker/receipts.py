@@ -18,7 +18,8 @@ import ssl
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -29,17 +30,20 @@ import urllib3
 from oras.container import Container
 from oras.provider import Registry as OrasRegistry
 
+from unpacker.contracts import Registry
 from unpacker.digest import Digest
 from unpacker.errors import Denied, RegistryError, SettingsError
+from unpacker.multiarch import Place
 from unpacker.oci import OCI_INDEX, OCI_MANIFEST, Descriptor
-from unpacker.record import Published
-from unpacker.reference import Repository
+from unpacker.record import Published, Unreadable
+from unpacker.reference import Reference, Repository
 from unpacker.registry.address import why_refused
 from unpacker.registry.auth import Doorkeeper, Endpoint
 from unpacker.registry.client import Access
 from unpacker.registry.credentials import Keychain
 from unpacker.registry.retry import Later, Policy
 from unpacker.registry.transport import Answer, Origin, Refused, Transport
+from unpacker.resolve import unforeseen
 
 ARTIFACT_TYPE = "application/vnd.unpacker.receipt.v1+json"
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
@@ -450,6 +454,30 @@ class _Pusher(OrasRegistry):  # type: ignore[misc]  # oras has no complete annot
         )
         what = f"{self._what}: {response.request.method}"
         return Answer(copied, what, self._endpoint.origin, self._timeout)
+
+
+def attach_again(
+    published: Iterable[Published | Unreadable],
+    registry: Registry,
+    attach: Callable[[Published, Descriptor], object],
+    executor: Executor,
+) -> Iterator[tuple[Published, str]]:
+    """Attaches the receipts of what stands published; gives each record, and what went wrong with it, or "".
+
+    What is no image, or another tool's of which no record can be read, has none. What the registry has lost cannot get
+    one.
+    """
+
+    def one(record: Published) -> str:
+        try:
+            digest = Digest.parse(record.digest)
+            attach(record, registry.head(Reference(repository=record.reference.repository, digest=digest)))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others get theirs
+            return str(unforeseen(error))
+        return ""
+
+    records = [p for p in published if isinstance(p, Published) and p.place is not Place.FRONT]
+    return zip(records, executor.map(one, records), strict=True)
 
 
 def authorities(environment: Mapping[str, str]) -> str | bool:

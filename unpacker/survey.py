@@ -11,9 +11,9 @@ from fnmatch import fnmatchcase
 from unpacker import journal, multiarch
 from unpacker.contracts import Publisher, Registry, View
 from unpacker.errors import PublishError
-from unpacker.image import Image
 from unpacker.limits import Limits
 from unpacker.multiarch import MULTIARCH, Place
+from unpacker.oci import Descriptor
 from unpacker.plan import Plan, Resolution, Rules, plan
 from unpacker.pools import ASKING_THREADS
 from unpacker.predecessors import Estate, Source, inherit
@@ -50,8 +50,9 @@ class Request:
     transaction_bytes: int = 20_000_000_000
     """How much the images that share a transaction may be together, besides the number of them."""
     clock: Callable[[], float] = time.time
-    attach: Callable[[Published, Image], object] | None = None
-    """What to do after a name was published, besides: attach a receipt. Its failure never fails a publish."""
+    attach: Callable[[Published, Descriptor], object] | None = None
+    """What to do after a name was published, besides: attach a receipt to what its tag points at. Its failure never
+    fails a publish."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,7 @@ VERBS = (
     consumers.use,
     consumers.modules,
     targets.verify,
+    targets.receipts,
     targets.gc,
     targets.init,
     targets.resign,

@@ -1,8 +1,9 @@
-"""The verbs that work on a target without a wishlist: publish, remove, verify, gc, init, resign, snapshot."""
+"""The verbs that work on a target without a wishlist: publish, remove, verify, receipts, gc, init, resign, snapshot."""
 
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from json import dumps
@@ -99,6 +100,39 @@ def verify(
             ("NAME", "PATH", "PROBLEM"), rows, f"{len(wanted)} names checked, {len(problems)} problems\n"
         )
     raise typer.Exit(exits.TARGET if problems else 0)
+
+
+def receipts(
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="[IMAGE...]", help="Names; all if none is given.")
+    ] = None,
+    target: options.Target = None,
+    config: options.Config = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+    log_format: options.LogFormat = "text",
+) -> None:
+    """Attach the receipts of what stands published, where [receipts] asks for them; exit 1 if any could not be."""
+    from unpacker import assembly
+    from unpacker.receipts import attach_again
+
+    settings = options.load_settings(config, target=target)
+    options.configure_logs(verbose=verbose, quiet=False, log_format=log_format)
+    publisher = assembly.existing(settings)
+    attach = assembly.attach(settings, publisher)
+    if attach is None:
+        raise SettingsError("receipts are switched off: the operator's unpacker.toml needs [receipts] enabled = true")
+    standing = publisher.published()
+    wanted = [standing[name] for name in options.published_names(images, standing)]
+    with ThreadPoolExecutor(settings.connections_per_host, "receipts") as executor:
+        said = list(attach_again(wanted, assembly.registry(settings), attach, executor))
+    failed = [{"name": record.public_path, "error": error} for record, error in said if error]
+    if json:
+        output.print_json({"attached": len(said) - len(failed), "failed": failed})
+    else:
+        rows = [(each["name"], each["error"]) for each in failed]
+        output.print_table(("NAME", "ERROR"), rows, f"{len(said) - len(failed)} receipts attached, {len(failed)} not\n")
+    raise typer.Exit(exits.SOME_FAILED if failed else 0)
 
 
 def gc(
