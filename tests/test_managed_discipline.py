@@ -402,11 +402,21 @@ def test_a_command_becomes_the_owner_of_a_repository_by_a_shell_that_can(monkeyp
     assert command.run(["printenv", "SHELL"], lambda process: None) == command.Done(0, "/bin/bash")
 
 
+def interruptible(script: str, stand_in: StandIn) -> subprocess.Popen[bytes]:
+    """A run that SIGINT stops, also where these tests were started in the background, which ignores it."""
+
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    line = [sys.executable, "-c", script, str(stand_in.place), ""]
+    return subprocess.Popen(line, cwd=TOP, preexec_fn=heed)
+
+
 class TestTermination:
     def test_a_signal_to_stop_ends_no_command_in_the_middle(self, stand_in: StandIn) -> None:
         script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "None")
         stand_in.fail("publish", "hang")
-        run = subprocess.Popen([sys.executable, "-c", script, str(stand_in.place), ""], cwd=TOP)
+        run = interruptible(script, stand_in)
         deadline = time.monotonic() + 30
         while "publish" not in verbs(stand_in) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -419,7 +429,7 @@ class TestTermination:
     def test_a_signal_to_stop_while_one_is_being_opened_leaves_none_open(self, stand_in: StandIn) -> None:
         script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "None")
         stand_in.fail("transaction", "hang")
-        run = subprocess.Popen([sys.executable, "-c", script, str(stand_in.place), ""], cwd=TOP)
+        run = interruptible(script, stand_in)
         deadline = time.monotonic() + 30
         while not stand_in.flag.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
