@@ -150,7 +150,8 @@ def plan(
     standing = {p.reference.public_path if isinstance(p, Published) else path for path, p in published.items()}
     failed = [u for u in resolution.missing if u.reference is None or u.reference.public_path not in standing]
     spoken_for = wished | {c.reference.public_path for c in conflicts if c.reference}
-    for path, before in sorted(published.items()):
+    for path in sorted(published):
+        before = published[path]
         if path in spoken_for or isinstance(before, Unreadable):
             continue
         if rules.owner not in before.owners:

@@ -16,6 +16,7 @@ from unpacker.oci import Platform
 from unpacker.reference import Reference
 
 SCHEMA = 1
+_PLACES = {place.value: place for place in Place}
 ADOPTED = "adopted"
 """In place of the hash of rules: the root is another tool's, made under rules that nobody knows."""
 
@@ -123,7 +124,7 @@ class Published:
                 layers=tuple(map(str, value["layers"])),
                 altered={str(k): int(v) for k, v in value["altered"].items()},
                 gpu=bool(value["gpu"]),
-                place=Place(value.get("place", Place.PLAIN)),
+                place=_PLACES[value.get("place", Place.PLAIN)],
                 tool=str(value["tool"]),
                 replaces=None if replaces is None else cls.from_json(replaces),
             )

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from typing import NamedTuple
 
 from unpacker.digest import Digest
 
@@ -153,6 +154,10 @@ class Reference:
     @classmethod
     def parse(cls, text: str) -> Reference:
         """Reads `[scheme://]registry/repository[:tag][@digest]`; ValueError says what is wrong."""
+        head, _, tag = text.rpartition(":")
+        repository = _bare(head)
+        if repository is not None and is_tag(tag):
+            return cls(repository=repository, tag=tag)
         name = split(text)
         if name.tag is None and name.digest is None:
             raise ValueError(f"neither tag nor digest in {text!r} (write {text}:latest if that is meant)")
@@ -176,8 +181,7 @@ class Reference:
         return f"{self.repository}{tag}{digest}"
 
 
-@dataclass(frozen=True, slots=True)
-class ImageName:
+class ImageName(NamedTuple):
     """An image name taken apart, its tag not yet checked: it may be a pattern."""
 
     repository: Repository
@@ -189,6 +193,17 @@ class ImageName:
 def _repository(text: str) -> Repository:
     """Remembered: a target has many tags of each repository, in order."""
     return Repository.parse(text)
+
+
+@lru_cache(maxsize=4096)
+def _bare(text: str) -> Repository | None:
+    """The repository, if that is all that the text is. Remembered for the same reason: references are read by the
+    thousand."""
+    try:
+        name = split(text)
+    except ValueError:
+        return None
+    return name.repository if name.tag is None and name.digest is None else None
 
 
 def split(text: str) -> ImageName:

@@ -19,6 +19,7 @@ from unpacker.plan import Action, Done, Outcome, Plan, Verb
 from unpacker.record import Published, Unreadable
 from unpacker.status import Failure, State, Status
 
+_EPOCH = datetime.datetime(1970, 1, 1)
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _BETWEEN_NAMES = re.compile(r'(?<=[^\\]")}, (?=")')
 """Where one entry ends with a text and the next begins. In a text, a quotation mark has a backslash before it: so what
@@ -101,8 +102,8 @@ def moment(unix: int | None) -> str | None:
     """Unix seconds as ISO 8601 in UTC."""
     if unix is None:
         return None
-    text = datetime.datetime.fromtimestamp(unix, datetime.UTC).isoformat(timespec="seconds")
-    return text.removesuffix("+00:00") + "Z"
+    # Many thousands of them are written at a time, and datetimes without a zone in half the time of others.
+    return (_EPOCH + datetime.timedelta(seconds=unix)).isoformat(timespec="seconds") + "Z"
 
 
 # -- plan -------------------------------------------------------------------------------------------------------
@@ -218,7 +219,8 @@ def status_note(
     It has every published name, and what fails of each wishlist since when; so a run in which nothing changed, or
     another wishlist's run, writes nothing.
     """
-    names = {path: {"image_id": p.image_id, "published": moment(p.published)} for path, p in sorted(published.items())}
+    standing = ((path, published[path]) for path in sorted(published))
+    names = {path: {"image_id": p.image_id, "published": moment(p.published)} for path, p in standing}
     failing = {name: {"since": moment(f.since), "error": f.error} for name, f in sorted(failures.items())}
     lists: dict[str, Any] = {}
     try:
