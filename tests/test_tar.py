@@ -159,6 +159,14 @@ def test_an_archive_may_end_in_several_ways_and_what_follows_is_read_and_ignored
     assert [content for _, content in read(regular(b"f", b"abc") + end)] == [b"abc"]
 
 
+@pytest.mark.parametrize("end", [b"", b"\0", b"\0" * 507])
+def test_the_last_content_need_not_fill_its_block(end: bytes) -> None:
+    """As in the layers of `umoci insert`; engines run them, because Go's reader takes that for an end."""
+    data = header(b"f", size=5) + b"hello" + end
+    assert [(member.path, content) for member, content in read(data)] == [("f", b"hello")]
+    assert [member.path for member in TarReader(io.BytesIO(data), Limits(), "it")] == ["f"], "unread"
+
+
 def test_no_bytes_at_all_are_no_members() -> None:
     assert read(b"") == []
     assert read(END) == []
