@@ -147,8 +147,10 @@ def plan(
                 actions.append(action)
             elif rules.removals and rules.sound:
                 removals.append(action)
-    standing = {p.reference.public_path if isinstance(p, Published) else path for path, p in published.items()}
-    failed = [u for u in resolution.missing if u.reference is None or u.reference.public_path not in standing]
+    failed = list(resolution.missing)
+    if failed:
+        standing = {p.reference.public_path if isinstance(p, Published) else path for path, p in published.items()}
+        failed = [u for u in failed if u.reference is None or u.reference.public_path not in standing]
     spoken_for = wished | {c.reference.public_path for c in conflicts if c.reference}
     for path in sorted(published):
         before = published[path]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from unpacker.status import Failure, State, Status
 
 _EPOCH = datetime.datetime(1970, 1, 1)
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-_BETWEEN_NAMES = re.compile(r'(?<=[^\\]")}, (?=")')
+_quoted = json.JSONEncoder().encode
 """Where one entry ends with a text and the next begins. In a text, a quotation mark has a backslash before it: so what
 somebody wrote that looks like this is none."""
 
@@ -220,20 +219,23 @@ def status_note(
     another wishlist's run, writes nothing.
     """
     standing = ((path, published[path]) for path in sorted(published))
-    names = {path: {"image_id": p.image_id, "published": moment(p.published)} for path, p in standing}
+    # A name to a line, put together here: thousands of them are written with every change.
+    lines = (
+        f'{_quoted(path)}: {{"image_id": {_quoted(p.image_id)}, "published": "{moment(p.published)}"}}'
+        for path, p in standing
+    )
+    names = ('{"schema": 1, "names": {' + ",\n".join(lines) + '}, "wishlists": ').encode("ascii")
     failing = {name: {"since": moment(f.since), "error": f.error} for name, f in sorted(failures.items())}
     lists: dict[str, Any] = {}
     try:
         old = json.loads(before or b"null")
         lists = dict(old["wishlists"])
-        if old["names"] == names and lists[owner]["failing"].keys() == failing.keys():
+        if before and before.startswith(names) and lists[owner]["failing"].keys() == failing.keys():
             return None
     except (ValueError, TypeError, KeyError, AttributeError):
         pass  # there is none yet, or not one of ours: it is written anew
     lists[owner] = {"finished": moment(now), "failing": failing}
-    # A name to a line, without the slow encoder that indents.
-    text = _BETWEEN_NAMES.sub("},\n", json.dumps({"schema": 1, "names": names, "wishlists": lists}))
-    return f"{text}\n".encode("ascii")
+    return names + f"{json.dumps(lists)}}}\n".encode("ascii")
 
 
 # -- status -----------------------------------------------------------------------------------------------------
