@@ -57,6 +57,29 @@ def test_a_ustar_prefix_is_the_front_of_the_path() -> None:
     assert member.path == "a" * 155 + "/" + "b" * 100
 
 
+@pytest.mark.parametrize("version", [b"00", b"  ", b"\0\0"])
+def test_what_version_of_ustar_a_header_claims_does_not_matter(version: bytes) -> None:
+    [(member, _)] = read(header(b"name", prefix=b"front", magic=b"ustar\0" + version) + END)
+    assert member.path == "front/name"
+
+
+def test_a_prefix_of_star_ends_before_its_times() -> None:
+    times = b"14722310345 14722310345 "
+    [(member, _)] = read(header(b"name", prefix=b"p" * 131, rest=b"p" * 131 + times + b"\0" * 8 + b"tar\0") + END)
+    assert member.path == "p" * 131 + "/name"
+
+
+def test_a_header_of_gnu_has_times_where_others_have_the_prefix_but_for_those_of_old_go() -> None:
+    times = b"14722310345\0" * 2
+    [(member, _)] = read(header(b"name", magic=GNU, rest=times) + END)
+    assert member.path == "name"
+    # Go's own fixture invalid-go17.tar: before 1.8 it wrote a prefix into headers that it marked as GNU's.
+    [(member, _)] = read(header(b"name", magic=GNU, prefix=b"a" * 100 + b"/" + b"b" * 54) + END)
+    assert member.path == "a" * 100 + "/" + "b" * 54 + "/name"
+    [(member, _)] = read(header(b"name", magic=GNU, prefix=b"\xe4" + b"a" * 100) + END)
+    assert member.path == "name", "no ASCII, and no times: nobody wrote that"
+
+
 def test_an_old_header_has_no_prefix_and_a_final_slash_makes_a_directory() -> None:
     data = header(b"d/", flag=b"\0", magic=OLD, prefix=b"not a prefix") + header(b"f", flag=b"\0", magic=OLD) + END
     assert [(m.path, m.kind) for m, _ in read(data)] == [("d/", Kind.DIRECTORY), ("f", Kind.FILE)]

@@ -48,8 +48,9 @@ _EXTENSIONS_PER_MEMBER = 16
 _NUMBERS_REMEMBERED = 4096
 
 _ZERO = bytes(BLOCK)
-_USTAR = b"ustar\x0000"
+_USTAR = b"ustar\x00"
 _GNU = b"ustar  \x00"
+_STAR = b"tar\0"
 # name mode uid gid size mtime checksum type link magic (user group) major minor prefix
 _HEADER = Struct("100s8s8s8s12s12s8sc100s8s64x8s8s155s12x")
 _KINDS = {
@@ -148,8 +149,8 @@ class TarReader:
                     mtime_ns = times[mtime] = as_nanoseconds(number(mtime, "mtime"))
                 path = str(name.partition(b"\0")[0], "utf-8", "surrogateescape")
                 device = no_device
-                if prefix[0] and magic == _USTAR:
-                    path = str(prefix.partition(b"\0")[0], "utf-8", "surrogateescape") + "/" + path
+                if prefix[0] and (front := _front(magic, prefix, block)):
+                    path = str(front, "utf-8", "surrogateescape") + "/" + path
                 if not path:
                     self._fail("a member without a name")
                 target = ""
@@ -167,7 +168,7 @@ class TarReader:
                     if kind is Kind.SYMLINK or kind is Kind.HARDLINK:
                         target = str(link.partition(b"\0")[0], "utf-8", "surrogateescape")
                     elif kind is Kind.CHARACTER or kind is Kind.BLOCK:
-                        device = device_numbers(major, minor) if magic in (_USTAR, _GNU) else no_device
+                        device = device_numbers(major, minor) if _is_of_a_standard(magic) else no_device
                 yield Member(
                     path,
                     kind,
@@ -311,8 +312,8 @@ class TarReader:
             self._fail(f"member of unknown type {flag!r}")
 
         path = name.partition(b"\0")[0]
-        if magic == _USTAR and prefix[0]:
-            path = prefix.partition(b"\0")[0] + b"/" + path
+        if prefix[0] and (front := _front(magic, prefix, block)):
+            path = front + b"/" + path
         path = long_path or values.get(b"GNU.sparse.name") or values.get(b"path") or path
         target = b""
         if kind is Kind.SYMLINK or kind is Kind.HARDLINK:
@@ -349,7 +350,7 @@ class TarReader:
             decimal_time(recorded_mtime) if recorded_mtime else as_nanoseconds(number(mtime, "mtime")),
             length,
             str(target, "utf-8", "surrogateescape"),
-            device_numbers(major, minor) if is_device and magic in (_USTAR, _GNU) else (0, 0),
+            device_numbers(major, minor) if is_device and _is_of_a_standard(magic) else (0, 0),
             pax.xattrs(values),
         )
 
@@ -360,3 +361,26 @@ class TarReader:
 
     def _fail(self, problem: str) -> NoReturn:
         raise ImageError(f"{self._what}: {problem} (before byte {self._before + self._pos} of the tar)") from None
+
+
+def _is_of_a_standard(magic: bytes) -> bool:
+    """Whether a header is more than that of the oldest format. Of ustar the version says nothing; readers ignore it."""
+    return magic.startswith(_USTAR) or magic == _GNU
+
+
+def _front(magic: bytes, prefix: bytes, block: bytes) -> bytes:
+    """What stands before the name of a path, where the header has it there."""
+    if magic.startswith(_USTAR):
+        # star keeps two times where others have the end of the prefix.
+        return (prefix[:131] if block.endswith(_STAR) else prefix).partition(b"\0")[0]
+    if magic == _GNU:
+        # GNU keeps two times here, and whatever wrote tars with Go before 1.8 the front of long paths of members that
+        # have a large number elsewhere: so it is where the times are none.
+        front = prefix.partition(b"\0")[0]
+        try:
+            for time in (prefix[:12], prefix[12:24]):
+                if time[0]:
+                    number(time, "time")
+        except Malformed:
+            return front if front.isascii() else b""
+    return b""
