@@ -195,11 +195,33 @@ def test_what_is_no_json_object_is_an_image_error(raw: bytes) -> None:
 
 @pytest.mark.parametrize(
     "document",
-    [{}, {"rootfs": []}, {"rootfs": {}}, {"rootfs": {"diff_ids": "x"}}, {"rootfs": {"diff_ids": ["sha256:1"]}}],
+    [{}, {"rootfs": []}, {"rootfs": None}, {"rootfs": {"diff_ids": "x"}}, {"rootfs": {"diff_ids": ["sha256:1"]}}],
 )
 def test_a_config_without_diff_ids_is_no_container_image(document: object) -> None:
     with pytest.raises(ImageError, match=r"rootfs\.diff_ids"):
         ImageConfig.parse(json.dumps(document).encode())
+
+
+@pytest.mark.parametrize("rootfs", [{"type": "layers"}, {"diff_ids": None}, {"diff_ids": []}])
+def test_an_image_without_layers_has_no_diff_ids_however_that_is_written(rootfs: object) -> None:
+    assert ImageConfig.parse(json.dumps({"rootfs": rootfs}).encode()).diff_ids == ()
+    for layers in (None, []):
+        parsed = parse_manifest(json.dumps({"schemaVersion": 2, "config": CONFIG, "layers": layers}).encode())
+        assert isinstance(parsed, Manifest) and parsed.layers == ()
+
+
+@pytest.mark.parametrize("called", ["application/octet-stream", "application/json", "text/html", ""])
+def test_the_first_years_names_of_a_config_count_in_a_manifest_of_docker_only(called: str) -> None:
+    document = {"schemaVersion": 2, "config": CONFIG | {"mediaType": called}, "layers": []}
+    parsed = parse_manifest(json.dumps(document | {"mediaType": oci.DOCKER_MANIFEST}).encode())
+    assert isinstance(parsed, Manifest)
+    with pytest.raises(ImageError, match="artifact"):
+        parse_manifest(json.dumps(document | {"mediaType": oci.OCI_MANIFEST}).encode())
+
+
+def test_other_names_of_an_architecture_are_understood_in_images_as_in_wishes() -> None:
+    value = {"os": "linux", "architecture": "aarch64", "rootfs": {}}
+    assert ImageConfig.parse(json.dumps(value).encode()).platform == Platform.parse("linux/arm64")
 
 
 def test_half_a_surrogate_pair_is_refused_and_a_whole_one_is_text() -> None:

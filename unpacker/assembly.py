@@ -296,13 +296,16 @@ def request(found: Wishlist, path: str, settings: Settings, choice: Choice) -> R
 
 
 def _layout(text: str, settings: Settings) -> Layout:
-    """`PATH:TAG`, or `PATH` where the tag is the public name's; a path with a colon is told by what exists."""
-    path, colon, tag = text.rpartition(":")
+    """`PATH:TAG`, or `PATH` where the tag is the public name's. What exists tells where the path ends: it may have a
+    colon, and so may the tag, which some tools make a whole name (`localhost/tool:1`)."""
     found = Layout(text, limits=settings.limits)
-    if colon and not os.path.isdir(text):
-        found = Layout(path, tag=tag, limits=settings.limits)
+    path = text
+    while not found.is_there and ":" in path:
+        path = path.rpartition(":")[0]
+        found = Layout(path, tag=text[len(path) + 1 :], limits=settings.limits)
     if not found.is_there:
-        raise WishlistError(f"{found.path} is no OCI image layout: it has no index.json (expected oci:PATH:TAG)")
+        where = text if os.path.isdir(text) else text.rpartition(":")[0] or text
+        raise WishlistError(f"{where} is no OCI image layout: it has no index.json (expected oci:PATH:TAG)")
     return found
 
 

@@ -29,6 +29,7 @@ ZSTD_WINDOW = 128 << 20
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
+_FOREIGN = ((0, b"\xfd7zXZ\0", "xz"), (4, b"1AY&SY", "bzip2"), (0, b"\x04\x22\x4d\x18", "lz4"))
 _PROBE = 512
 _GzipError: type[Exception] = igzip_lib.IsalError  # type: ignore[assignment]  # its stub calls the class an instance
 _FIRST_INPUT = 1 << 12
@@ -49,10 +50,13 @@ def decompress(stream: Stream, declared: str, what: str) -> Stream:
         return _Gzip(rest, what)
     if found == "zstd":
         return _Zstd(rest, what)
-    if found == "none" or declared == "none":
+    if found == "none" or not head:
+        return rest  # Nothing at all is what Docker once pushed for empty layers, and engines take it.
+    for position, magic, name in _FOREIGN:
+        if head[position:].startswith(magic):
+            raise ImageError(f"{what}: compressed by {name}, which layers cannot be (expected gzip, zstd or none)")
+    if declared == "none":
         return rest
-    if not head:
-        raise ImageError(f"{what}: empty, where {declared} was declared")
     raise ImageError(f"{what}: declared as {declared}, but neither gzip, zstd nor tar")
 
 
@@ -157,7 +161,9 @@ class _Zstd:
         try:
             data = self._reader.read(min(size, PIECE))
         except zstandard.ZstdError as error:
-            raise ImageError(f"{self._what}: damaged or unsupported zstd data ({error})") from None
+            bound = f"windows of more than {ZSTD_WINDOW >> 20} MiB are not read"
+            why = f"{error}; {bound}" if "memory" in str(error) else error
+            raise ImageError(f"{self._what}: damaged or unsupported zstd data ({why})") from None
         if not data and size > 0:
             self._frames.check_end()
         return data

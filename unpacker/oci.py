@@ -39,9 +39,13 @@ LAYER_COMPRESSION = {
     DOCKER_LAYER: "none",
     DOCKER_LAYER + ".gzip": "gzip",
     DOCKER_LAYER + ".zstd": "zstd",
+    "application/vnd.docker.image.rootfs.foreign.diff.tar": "none",
     "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip": "gzip",
 }
 """Media type of a layer → its declared compression. Anything else is not a layer of a container image."""
+
+_SLOPPY_CONFIGS = frozenset({"", "application/octet-stream", "application/json", "text/html"})
+"""What registries and builders of Docker's first years called a config in manifests of schema 2; Docker takes them."""
 
 _PLATFORM_PART = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
 _ARCHITECTURE_ALIASES = {
@@ -73,9 +77,11 @@ class Platform:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Platform:
+        """As an index or a config has it; some have other names than Go's."""
+        architecture = str(value.get("architecture") or "")
         return cls(
             os=str(value.get("os") or ""),
-            architecture=str(value.get("architecture") or ""),
+            architecture=_ARCHITECTURE_ALIASES.get(architecture, architecture),
             variant=str(value["variant"]) if value.get("variant") else None,
         )
 
@@ -173,8 +179,8 @@ class Index:
                 if (platform.os, platform.architecture) == (wanted.os, wanted.architecture):
                     return descriptor
         unlabelled = [d for d in self.manifests if d.platform is None and not d.is_attestation]
-        if len(self.manifests) == 1 and unlabelled:
-            # An index of one entry that does not say its platform: the config will say it, and is checked.
+        if len(unlabelled) == 1 and not images:
+            # An index of one image that does not say its platform: the config will say it, and is checked.
             return unlabelled[0]
         exist = ", ".join(sorted({str(d.platform) for d in images})) or "none"
         raise ImageError(f"no image for {wanted} (platforms that exist: {exist})")
@@ -200,7 +206,8 @@ class ImageConfig:
         """ImageError says what is wrong with it."""
         value = _json_object(raw, "image config")
         rootfs = value.get("rootfs")
-        ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+        # Go writes an empty list as null, or not at all.
+        ids = (rootfs.get("diff_ids") or []) if isinstance(rootfs, dict) else None
         if not isinstance(ids, list):
             raise ImageError("image config: no rootfs.diff_ids (not a container image)")
         try:
@@ -254,12 +261,13 @@ def parse_manifest(raw: bytes, media_type: str = "") -> Manifest | Index:
     if declared not in (OCI_MANIFEST, DOCKER_MANIFEST, "") or "layers" not in value:
         raise ImageError(f"not an image manifest but {declared or 'something else'}")
     config = Descriptor.from_json(value.get("config"), "manifest: config")
-    entries = value.get("layers")
+    entries = value["layers"] if value["layers"] is not None else []
     if not isinstance(entries, list):
         raise ImageError("manifest: layers is not a list")
     layers = tuple(Descriptor.from_json(d, f"manifest: layers[{i}]") for i, d in enumerate(entries))
     artifact = value.get("artifactType")
-    if config.media_type not in (OCI_CONFIG, DOCKER_CONFIG):
+    is_sloppy = declared == DOCKER_MANIFEST and config.media_type in _SLOPPY_CONFIGS
+    if config.media_type not in (OCI_CONFIG, DOCKER_CONFIG) and not is_sloppy:
         raise ImageError(f"not a container image but an artifact of type {artifact or config.media_type or 'unknown'}")
     for i, layer in enumerate(layers):
         if layer.media_type not in LAYER_COMPRESSION:

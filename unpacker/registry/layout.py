@@ -40,7 +40,7 @@ class Layout:
 
     The directory is read anew for each question, so it may change in between. RegistryError, with its path, if it
     cannot be read. With `tag` that one stands for whatever tag is asked for: an image may be published under another
-    name than it has in its directory.
+    name than it has in its directory. Without, a sole image that has no name there stands for every one.
     """
 
     def __init__(self, path: str, *, tag: str | None = None, limits: Limits | None = None) -> None:
@@ -66,7 +66,10 @@ class Layout:
 
     def head(self, reference: Reference) -> Descriptor:
         wanted = self._tag or reference.tag
-        for tag, entry in self._entries():
+        entries = self._entries()
+        if self._tag is None and [tag for tag, _ in entries] == [None]:
+            wanted = None  # All that is there, and nobody gave it a name.
+        for tag, entry in entries:
             descriptor = Descriptor.from_json(entry, f"{self._path}: index.json")
             named = tag == wanted if reference.digest is None else descriptor.digest == reference.digest
             if named:
@@ -75,7 +78,7 @@ class Layout:
             # Not named by index.json itself, but perhaps by an index that is: the bytes are what counts.
             raw = self._read_blob(reference.digest, self._limits.manifest)
             return Descriptor(media_type=_media_type(raw), digest=reference.digest, size=len(raw))
-        exist = ", ".join(sorted({tag for tag, _ in self._entries() if tag is not None})[:10]) or "none"
+        exist = ", ".join(sorted({tag for tag, _ in entries if tag is not None})[:10]) or "none"
         raise NotFound(f"{self._path}: no tag {wanted} (tags that exist: {exist})")
 
     def manifest(self, repository: Repository, digest: Digest) -> tuple[bytes, str]:
