@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_registry import FakeRegistry
+from tests.fake_registry import SILENT, FakeRegistry
 from tests.images import directory, file, image, layer, write_layout
 
 APP = image(layer(directory("etc"), file("etc/motd", b"hello")), Env=["A=1"])
@@ -317,6 +318,20 @@ def test_an_image_layout_is_published_under_the_name_that_the_operator_gives(use
     assert not (user.target / "registry.example.org").exists()
 
 
+def test_an_image_layout_is_found_by_whatever_its_writer_called_the_image(user: User) -> None:
+    """`podman save` makes a whole name of the tag; `skopeo copy … oci:PATH` gives none."""
+    write_layout(user.path / "whole", {"localhost/app:1": APP})
+    done = user("publish", "oci:whole:localhost/app:1", "--as", "registry.example.org/local/app:2")
+    assert done.returncode == 0, done.stderr
+    write_layout(user.path / "with:colon", {"v1": APP})
+    assert user("publish", "oci:with:colon:v1", "--as", "registry.example.org/local/app:3").returncode == 0
+    index = json.loads((user.path / "whole/index.json").read_text())
+    for entry in index["manifests"]:
+        del entry["annotations"]
+    (user.path / "whole/index.json").write_text(json.dumps(index))
+    assert user("publish", "oci:whole", "--as", "registry.example.org/local/app:4").returncode == 0
+
+
 def test_a_malformed_single_image_is_exit_4(user: User) -> None:
     bad = image(layer(file("../../escape", b"x")))
     write_layout(user.path / "layout", {"v1": bad})
@@ -417,6 +432,55 @@ def test_the_second_signal_breaks_nothing_off_and_the_third_ends_the_run_at_once
     assert run.communicate(timeout=20) == ("", "")
     assert run.returncode == 130
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("verb", [("plan",), ("plan", "--against", "old.yaml"), ("receipts", "-c", "unpacker.toml")])
+def test_a_registry_that_does_not_answer_holds_up_nobody_who_wants_to_stop(user: User, verb: tuple[str, ...]) -> None:
+    user.wishlist("HOST/org/app:1.0")
+    assert user("reconcile").returncode == 0
+    user.wishlist(name="old.yaml")
+    (user.path / "unpacker.toml").write_text("[receipts]\nenabled = true\n")
+    user.fake.clear()
+    user.fake.fault(status=SILENT, times=10)
+    run = subprocess.Popen(
+        user.command(*verb), cwd=user.path, env=user.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while not user.fake.requests:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
+    began = time.monotonic()
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 143, errors
+    assert b"Traceback" not in errors
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("target", ["stratum:x", "Stratum0:x", "https://unpacked.example.org"])
+def test_a_misspelt_target_is_no_directory_to_be_made(user: User, target: str) -> None:
+    user.wishlist("HOST/org/app:1.0")
+    done = user("reconcile", "--target", target)
+    assert done.returncode == 2
+    assert "stratum0:DIRECTORY" in done.stderr
+    (user.path / "a:b").mkdir()
+    assert user("reconcile", "--target", "a:b").returncode == 0, "what is there is meant"
+    assert user("reconcile", "--target", "./c:d").returncode == 0
+
+
+@pytest.mark.parametrize("key, value", [("published", "253402300800"), ("published", "1e999"), ("size", "Infinity")])
+def test_a_record_with_an_impossible_number_is_unreadable_and_stops_nothing_else(
+    user: User, key: str, value: str
+) -> None:
+    user.wishlist("HOST/org/app:1.0")
+    assert user("reconcile").returncode == 0
+    path = user.target / ".metadata" / user.fake.host / "org/app:1.0/record.json"
+    path.write_text(re.sub(rf'"{key}": \d+', f'"{key}": {value}', path.read_text()))
+    assert "unreadable" in user("status").stdout
+    user.wishlist("HOST/org/app:1.*")
+    done = user("reconcile")
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert "unreadable" not in user("status").stdout, "it was published anew"
+    assert (user.target / user.fake.host / "org/app:1.1").is_symlink()
 
 
 def test_verify_names_the_damage_and_exits_5_and_rebuild_mends_it(user: User) -> None:

@@ -234,7 +234,8 @@ def test_a_named_snapshot_stays_readable_until_its_name_is_taken_away(
     taken = operator("snapshot", where, "2026-paper")
     assert (taken.returncode, "is the name of revision" in taken.stderr) == (5, True)
     assert operator("snapshot", where, "trunk").returncode == 2
-    assert operator("snapshot", where, "--remove", "never").returncode == 5
+    assert operator("snapshot", where, "--remove", "never").returncode == 2
+    assert operator("snapshot", where, "--message", "of nothing").returncode == 2
     operator.done("snapshot", where, "2026-paper", "--remove")
     assert "0 named snapshots" in operator.done("snapshot", where)
     registry.add("org/app", "4", SECOND)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -51,6 +52,7 @@ class Choice:
 
 _CVMFS = "/cvmfs/"
 _STRATUM0 = "stratum0:"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _DAY = 86_400
 _PATTERNS_LIMIT = 1 << 20
 
@@ -76,6 +78,11 @@ def publisher(settings: Settings) -> Target:
         )
     if target.startswith(_CVMFS):
         return _managed_publisher(settings)
+    if _SCHEME.match(target) and not os.path.lexists(target):
+        raise SettingsError(
+            f"not a target: {target!r} (expected a directory, /cvmfs/NAME or stratum0:DIRECTORY; a directory of that "
+            f"name is ./{target})"
+        )
     return DirectoryPublisher(target)
 
 
@@ -180,7 +187,8 @@ def existing(settings: Settings) -> Target:
     if not is_directory:
         if os.path.lexists(target.path):
             raise PublishError(f"{target.path} is no directory, so it is no target")
-        raise PublishError(f"there is no target at {target.path}; a first `unpacker reconcile` makes it")
+        first = "`unpacker init`" if (settings.target or "").startswith(_STRATUM0) else "a first `unpacker reconcile`"
+        raise PublishError(f"there is no target at {target.path}; {first} makes it")
     return target
 
 

@@ -27,6 +27,19 @@ _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
 
+@contextmanager
+def asking(threads: int = ASKING_THREADS) -> Iterator[Executor]:
+    """Threads that ask registries. Leaving by exception, such as a signal to stop, does not wait for them: a registry
+    may keep them for as long as it likes."""
+    executor = ThreadPoolExecutor(threads, "asking")
+    try:
+        yield executor
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        raise
+    executor.shutdown(wait=True)
+
+
 class Pools:
     """The executors of one run. Leaving it normally waits for nothing that is still wanted; leaving it by exception
     ends the processes at once, and does not wait for threads, which a registry may keep for as long as it likes."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import requests
@@ -32,7 +32,7 @@ from oras.provider import Registry as OrasRegistry
 
 from unpacker.contracts import Registry
 from unpacker.digest import Digest
-from unpacker.errors import Denied, RegistryError, SettingsError
+from unpacker.errors import Denied, NotFound, RegistryError, SettingsError
 from unpacker.multiarch import Place
 from unpacker.oci import OCI_INDEX, OCI_MANIFEST, Descriptor
 from unpacker.record import Published, Unreadable
@@ -456,28 +456,38 @@ class _Pusher(OrasRegistry):  # type: ignore[misc]  # oras has no complete annot
         return Answer(copied, what, self._endpoint.origin, self._timeout)
 
 
+class Attached(NamedTuple):
+    """What came of attaching one receipt. `is_gone`: no registry has the image (any more), so it cannot have one."""
+
+    public_path: str
+    error: str = ""
+    is_gone: bool = False
+
+
 def attach_again(
     published: Iterable[Published | Unreadable],
     registry: Registry,
     attach: Callable[[Published, Descriptor], object],
     executor: Executor,
-) -> Iterator[tuple[Published, str]]:
-    """Attaches the receipts of what stands published; gives each record, and what went wrong with it, or "".
+) -> Iterator[Attached]:
+    """Attaches the receipts of what stands published; tells what came of each image. Fronts are none."""
 
-    What is no image, or another tool's of which no record can be read, has none. What the registry has lost cannot get
-    one.
-    """
-
-    def one(record: Published) -> str:
+    def one(record: Published | Unreadable) -> Attached:
+        name = record.public_path
+        if isinstance(record, Unreadable):
+            return Attached(name, error=record.problem)
         try:
-            digest = Digest.parse(record.digest)
-            attach(record, registry.head(Reference(repository=record.reference.repository, digest=digest)))
+            subject = Reference(repository=record.reference.repository, digest=Digest.parse(record.digest))
+            try:
+                found = registry.head(subject)
+            except NotFound:
+                return Attached(name, is_gone=True)
+            attach(record, found)
         except Exception as error:  # noqa: BLE001 - whatever it is, the others get theirs
-            return str(unforeseen(error))
-        return ""
+            return Attached(name, error=str(unforeseen(error)))
+        return Attached(name)
 
-    records = [p for p in published if isinstance(p, Published) and p.place is not Place.FRONT]
-    return zip(records, executor.map(one, records), strict=True)
+    return executor.map(one, [p for p in published if isinstance(p, Unreadable) or p.place is not Place.FRONT])
 
 
 def authorities(environment: Mapping[str, str]) -> str | bool:

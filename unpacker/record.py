@@ -17,6 +17,7 @@ from unpacker.reference import Reference
 
 SCHEMA = 1
 _PLACES = {place.value: place for place in Place}
+_YEAR_10000 = 253_402_300_800
 ADOPTED = "adopted"
 """In place of the hash of rules: the root is another tool's, made under rules that nobody knows."""
 
@@ -117,7 +118,7 @@ class Published:
                 rules=str(value["rules"]),
                 wishlist=value["wishlist"],
                 also=tuple(map(str, value.get("also", ()))),
-                published=int(value["published"]),
+                published=_moment(value["published"]),
                 entries=int(value["entries"]),
                 size=int(value["size"]),
                 compressed=int(value["compressed"]),
@@ -128,7 +129,7 @@ class Published:
                 tool=str(value["tool"]),
                 replaces=None if replaces is None else cls.from_json(replaces),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a record: {type(error).__name__} {error}") from None
 
     def serialise(self) -> bytes:
@@ -151,6 +152,14 @@ class Unreadable:
     public_path: str
     problem: str
     is_foreign: bool = False
+
+
+def _moment(value: Any) -> int:
+    """Unix seconds of a year that can be written down; ValueError for any other number."""
+    seconds = int(value)
+    if not 0 <= seconds < _YEAR_10000:
+        raise ValueError(f"published at {seconds} s of Unix time")
+    return seconds
 
 
 @lru_cache(maxsize=256)

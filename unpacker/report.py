@@ -21,8 +21,6 @@ from unpacker.status import Failure, State, Status
 _EPOCH = datetime.datetime(1970, 1, 1)
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _quoted = json.JSONEncoder().encode
-"""Where one entry ends with a text and the next begins. In a text, a quotation mark has a backslash before it: so what
-somebody wrote that looks like this is none."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, width: int | None = None) -> str:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from unpacker import journal, multiarch
+from unpacker import journal, multiarch, pools
 from unpacker.contracts import Publisher, Registry, View
 from unpacker.errors import PublishError
 from unpacker.limits import Limits
 from unpacker.multiarch import MULTIARCH, Place
 from unpacker.oci import Descriptor
 from unpacker.plan import Plan, Resolution, Rules, plan
-from unpacker.pools import ASKING_THREADS
 from unpacker.predecessors import Estate, Source, inherit
 from unpacker.record import Published, Unreadable
 from unpacker.resolve import resolve
@@ -69,7 +68,7 @@ class Survey:
 def survey(request: Request, asking: Executor | None = None) -> Survey:
     """Asks the target and the registries, and plans; changes nothing. What `plan` shows and `reconcile` does."""
     if asking is None:
-        with ThreadPoolExecutor(ASKING_THREADS, "asking") as own:
+        with pools.asking() as own:
             return survey(request, own)
     published = request.publisher.published()
     wishes = [w for w in request.wishes if _in_scope(str(w.repository), request.only)]

@@ -69,7 +69,7 @@ def published_names(given: list[str] | None, standing: Mapping[str, Published | 
     """The public paths that a user means, who may write an image's URL; all, if none is given."""
     if not given:
         return list(standing)
-    names = [g.removeprefix("https://").removeprefix("http://").replace("@", ":") for g in given]
+    names = list(dict.fromkeys(g.removeprefix("https://").removeprefix("http://").replace("@", ":") for g in given))
     unknown = [name for name in names if name not in standing]
     if unknown:
         raise WishlistError(f"not published: {', '.join(unknown)} (see `unpacker status`)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from json import dumps
@@ -14,6 +13,7 @@ import typer
 from unpacker import report
 from unpacker.cli import exits, options, output
 from unpacker.errors import SettingsError, WishlistError
+from unpacker.record import Published
 from unpacker.wishlist import parse
 
 _INFO_LIMIT = 1 << 20
@@ -113,7 +113,7 @@ def receipts(
     log_format: options.LogFormat = "text",
 ) -> None:
     """Attach the receipts of what stands published, where [receipts] asks for them; exit 1 if any could not be."""
-    from unpacker import assembly
+    from unpacker import assembly, pools
     from unpacker.receipts import attach_again
 
     settings = options.load_settings(config, target=target)
@@ -124,14 +124,20 @@ def receipts(
         raise SettingsError("receipts are switched off: the operator's unpacker.toml needs [receipts] enabled = true")
     standing = publisher.published()
     wanted = [standing[name] for name in options.published_names(images, standing)]
-    with ThreadPoolExecutor(settings.connections_per_host, "receipts") as executor:
+    if not images:
+        # Damaged records are told by `status` and `verify`, and other tools' names have none.
+        wanted = [each for each in wanted if isinstance(each, Published)]
+    with pools.asking(settings.connections_per_host) as executor:
         said = list(attach_again(wanted, assembly.registry(settings), attach, executor))
-    failed = [{"name": record.public_path, "error": error} for record, error in said if error]
+    failed = [{"name": each.public_path, "error": each.error} for each in said if each.error]
+    gone = [each.public_path for each in said if each.is_gone]
+    attached = len(said) - len(failed) - len(gone)
     if json:
-        output.print_json({"attached": len(said) - len(failed), "failed": failed})
+        output.print_json({"attached": attached, "gone": gone, "failed": failed})
     else:
         rows = [(each["name"], each["error"]) for each in failed]
-        output.print_table(("NAME", "ERROR"), rows, f"{len(said) - len(failed)} receipts attached, {len(failed)} not\n")
+        rest = f", {len(gone)} of images that no registry has" if gone else ""
+        output.print_table(("NAME", "ERROR"), rows, f"{attached} receipts attached, {len(failed)} not{rest}\n")
     raise typer.Exit(exits.SOME_FAILED if failed else 0)
 
 
@@ -252,8 +258,10 @@ def snapshot(
 
     settings = options.load_settings(config, keys=keys, lock_wait=lock_wait)
     publisher = Stratum0Publisher(assembly.stratum0(repository), settings.keys)
-    if name is None and remove:
-        raise SettingsError("--remove needs the NAME of a snapshot")
+    if name is None and (remove or message):
+        raise SettingsError(f"{'--remove' if remove else '--message'} needs the NAME of a snapshot")
+    if remove and name not in {tag.name for tag in publisher.snapshots()}:
+        raise SettingsError(f"there is no snapshot {name!r} (`unpacker snapshot {repository}` lists them)")
     with publisher.lock(settings.lock_wait) if name is not None else nullcontext():
         if name is not None and remove:
             publisher.forget_snapshot(name)

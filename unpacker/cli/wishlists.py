@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -95,7 +94,7 @@ def plan(
 
 
 def _plan_against(wishlist: str, against: str, settings: Settings, *, json: bool, report_file: str | None) -> NoReturn:
-    from unpacker import assembly
+    from unpacker import assembly, pools
     from unpacker.proposal import propose
 
     new = options.read_wishlist(wishlist)
@@ -109,7 +108,7 @@ def _plan_against(wishlist: str, against: str, settings: Settings, *, json: bool
         output.warn((f"{against} cannot be read, so everything counts as new: {error}",))
         before = ()
     registry = assembly.registry(settings)
-    with ThreadPoolExecutor(settings.connections_per_host) as executor:
+    with pools.asking(settings.connections_per_host) as executor:
         proposals, is_out_of_reach = propose(
             new.wishes, before, registry, executor, settings.limits, settings.may_become_public
         )

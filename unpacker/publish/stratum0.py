@@ -184,6 +184,8 @@ class Stratum0Publisher:
             standing = next((tag for tag in self.snapshots() if tag.name == name), None)
             if standing is not None and standing.root != within.base.root:
                 raise PublishError(f"{name} is the name of revision {standing.revision} already: remove it first")
+            if standing is not None and not description:
+                return standing  # Named again, it keeps what was said of it.
             within.tag({name: description})
             return next(tag for tag in self.snapshots() if tag.name == name)
 
