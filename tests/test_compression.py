@@ -131,3 +131,10 @@ def test_a_flipped_byte_is_an_image_error_or_harmless(kind: str, where: int, fli
         assert inflate(bytes(damaged), kind) == content
     except ImageError:
         pass
+
+
+def test_what_follows_gzip_data_is_told_from_data_that_end_early() -> None:
+    with pytest.raises(ImageError, match="something else follows"):
+        inflate(gzip.compress(b"text") + b"junk", "gzip")
+    with pytest.raises(ImageError, match="end early"):
+        inflate(gzip.compress(b"text")[:-1], "gzip")

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.docker_registry import DockerRegistry
-from tests.fake_registry import FakeRegistry
+from tests.fake_registry import SILENT, FakeRegistry
 from tests.images import file, image, layer
 from unpacker.digest import Digest
 from unpacker.errors import Denied, RegistryError, SettingsError
@@ -302,6 +302,18 @@ def test_what_was_published_without_receipts_gets_them_later(docker_registry: Do
     assert failed.returncode == 1
     [said] = json.loads(failed.stdout)["failed"]
     assert said["name"] == name and "damaged" in said["error"], "who asks for it is told"
+
+
+def test_a_registry_that_does_not_answer_is_waited_for_once(registry: FakeRegistry) -> None:
+    receipts = Receipts(Access(attempts=1, timeout=0.5), f"http://{registry.host}/unpacker/receipts")
+    registry.fault(status=SILENT, times=10)
+    with pytest.raises(RegistryError, match="no answer in time"):
+        receipts.attach(published("registry.example.org/org/app:1.0"), SUBJECT, TARGET)
+    asked = registry.count()
+    with pytest.raises(RegistryError, match="it gave no answer a moment ago"):
+        receipts.attach(published("registry.example.org/org/app:2.0"), SUBJECT, TARGET)
+    assert registry.count() == asked
+    receipts.close()
 
 
 # With a registry made of answers.

@@ -143,6 +143,8 @@ class _Gzip:
                     raise ImageError(f"{self._what}: something else follows the gzip data")
                 self._pos = len(self._input)
             return None
+        if self._started and self._input[self._pos] != _GZIP[0]:
+            raise ImageError(f"{self._what}: something else follows the gzip data")
         self._feed = _FIRST_INPUT
         self._started = True
         return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)

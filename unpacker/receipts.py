@@ -41,7 +41,7 @@ from unpacker.registry.address import why_refused
 from unpacker.registry.auth import Doorkeeper, Endpoint
 from unpacker.registry.client import Access
 from unpacker.registry.credentials import Keychain
-from unpacker.registry.retry import Later, Policy
+from unpacker.registry.retry import UNREACHABLE_FOR, Later, Policy
 from unpacker.registry.transport import Answer, Origin, Refused, Transport
 from unpacker.resolve import unforeseen
 
@@ -212,6 +212,7 @@ class Receipts:
         self.policy = Policy(attempts=attempts, backoff=access.backoff, closing=self._closing)
         self._lock = threading.Lock()
         self._writing: dict[Repository, threading.Lock] = {}
+        self._silent_until: dict[Repository, float] = {}
 
     def close(self) -> None:
         self._closing.set()
@@ -236,10 +237,18 @@ class Receipts:
         with self._lock:
             writing = self._writing.setdefault(repository, threading.Lock())
         try:
-            with writing, _Pusher(self._endpoint(repository), what, self) as pusher:
-                listed = pusher.push(attached)
-                if self._repository is not None or not listed:
-                    pusher.add_referrer(attached.entry, referrers_tag(subject.digest))
+            with writing:
+                if time.monotonic() < self._silent_until.get(repository, 0):
+                    raise RegistryError(f"{what}: not tried, because it gave no answer a moment ago")
+                with _Pusher(self._endpoint(repository), what, self) as pusher:
+                    listed = pusher.push(attached)
+                    if self._repository is not None or not listed:
+                        pusher.add_referrer(attached.entry, referrers_tag(subject.digest))
+        except RegistryError as error:
+            if error.temporary and error.status is None:
+                # Otherwise a thousand receipts would each be waited for.
+                self._silent_until[repository] = time.monotonic() + UNREACHABLE_FOR
+            raise
         except SettingsError as error:  # of a credential helper, asked only now
             raise RegistryError(f"{what}: {error}") from None
         except OSError as error:
@@ -357,7 +366,7 @@ class _Pusher(OrasRegistry):  # type: ignore[misc]  # oras has no complete annot
         except Later as error:
             if time.monotonic() + (error.retry_after or 0) < self._deadline:
                 raise
-            raise RegistryError(f"{error}; given up for this time", status=error.status) from None
+            raise RegistryError(f"{error}; given up for this time", status=error.status, temporary=True) from None
 
     def _authorised(self, method: str, url: str, body: bytes | None, headers: Mapping[str, str]) -> requests.Response:
         url = self._at_home(url)
