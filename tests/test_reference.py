@@ -76,6 +76,8 @@ def test_what_only_looks_like_loopback_is_not(host: str) -> None:
         ("ghcr.io/.a/b:1", "not a repository name"),
         ("ghcr.io/a/b/:1", "not a repository name"),
         ("ghcr.io/:1", "not a repository name"),
+        ("https://hub.docker.com/r/org/tool:1", "address of a page.*registry.hub.docker.com/org/tool"),
+        ("https://hub.docker.com/_/alpine:3", "address of a page.*registry.hub.docker.com/library/alpine"),
         (".ghcr.io/a:1", "no registry host"),
         ("gh..cr.io/a:1", "no registry host"),
         ("../a.b/c:1", "no registry host"),

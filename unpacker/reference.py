@@ -24,6 +24,8 @@ _HOST_LABEL = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"
 _HOST = re.compile(rf"(?P<host>{_HOST_LABEL}(?:\.{_HOST_LABEL})*|\[[0-9a-fA-F:]+\])(?::(?P<port>[0-9]{{1,5}}))?")
 _NAME_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _NAME = re.compile(rf"{_NAME_COMPONENT}(?:/{_NAME_COMPONENT})*")
+_PAGE = re.compile(r"r/(?P<named>[^/]+/[^/]+)|_/(?P<official>[^/]+)")
+"""Of an image, on Docker Hub's web site."""
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _GLOB_CHARACTERS = frozenset("*?[")
 _GLOB = re.compile(r"(?:[A-Za-z0-9_.*?-]|\[!?[A-Za-z0-9_.-]+\])+")
@@ -78,6 +80,9 @@ class Repository:
         registry, slash, name = rest.partition("/")
         if not slash or not _is_registry(registry):
             raise _NoHost(text)
+        if registry.lower() in DOCKER_HUB_SPELLINGS and (page := _PAGE.fullmatch(name)):
+            named = page["named"] or f"library/{page['official']}"
+            raise ValueError(f"{text!r} is the address of a page (the image is registry.hub.docker.com/{named})")
         if not _NAME.fullmatch(name):
             raise ValueError(
                 f"not a repository name: {name!r} (lower-case letters, digits, separators . _ - between them, "

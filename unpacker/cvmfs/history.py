@@ -42,10 +42,20 @@ class Tag:
     branch: str = ""
 
 
+_LONGEST = 255
+
+
 def check_tag(name: str) -> str:
     """Gives the name of a new tag back; SettingsError if no tool could take it, or if it is kept for trunk."""
-    if not name or name in (TRUNK, PREVIOUS) or not name.isprintable() or any(c.isspace() for c in name):
-        raise SettingsError(f"not a name for a tag: {name[:100]!r} (no blanks, neither {TRUNK} nor {PREVIOUS})")
+    if (
+        not 0 < len(name) <= _LONGEST
+        or name in (TRUNK, PREVIOUS)
+        or not name.isprintable()
+        or any(map(str.isspace, name))
+    ):
+        raise SettingsError(
+            f"not a name for a tag: {name[:100]!r} (1 to {_LONGEST} letters, no blanks, neither {TRUNK} nor {PREVIOUS})"
+        )
     return name
 
 
