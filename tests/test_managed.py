@@ -208,17 +208,16 @@ class TestKilledWhilePublishing:
     def test_a_failed_publish_leaves_the_repository_clean(self, repository: Managed, tmp_path: Path) -> None:
         publisher = plain(repository, tmp_path)
         name, _ = names("plain")
-        tree = stored(publisher, {"motd": b"hello"})
+        tree = stored(publisher, {"large": bytes(2 << 20)})
+        settings = Path("/etc/cvmfs/repositories.d", repository.name, "server.conf")
+        kept = settings.read_bytes()
         with publisher.lock():
-            # Somebody reads a file, which the official tools refuse to publish over without asking.
-            with (
-                (repository.mount / "new_repository").open(),
-                pytest.raises(PublishError, match=r"publish .* failed"),
-                publisher.transaction("x") as transaction,
-            ):
+            settings.write_bytes(kept + b"CVMFS_ENFORCE_LIMITS=true\nCVMFS_FILE_MBYTE_LIMIT=1\n")
+            with pytest.raises(PublishError, match=r"publish .* failed"), publisher.transaction("x") as transaction:
                 transaction.publish(release(name, tree, seed=name))
             assert not has_open_transaction(repository)
             assert name not in publisher.published()
+            settings.write_bytes(kept)
             with publisher.transaction("x") as transaction:
                 transaction.publish(release(name, tree, seed=name))
         assert name in publisher.published()
