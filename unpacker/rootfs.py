@@ -19,10 +19,10 @@ from unpacker.changeset import Change, Entry, Kind, Xattrs
 from unpacker.oci import ImageConfig
 from unpacker.tree import Directory, File, Node, Special, Symlink, Tree, rewrite
 
-VERSION = 3
-"""Raised whenever these rules would give another tree for the same image."""
-ENTRY_VERSION = 2
-"""Raised, too, whenever `publishable` would give another entry: all layers are read again for it."""
+VERSION = 4
+"""Raised whenever these rules, or the reading of layers, would give another tree for the same image."""
+ENTRY_VERSION = 3
+"""Raised, too, whenever `publishable` or the tar reader would give another entry: all layers are read again for it."""
 
 EARLIEST = (-(2**31) + 1) * 10**9
 LATEST = (2**34 - 2**31 - 2) * 10**9
