@@ -36,6 +36,10 @@ def _layers(built: BuiltImage) -> list[tuple[str, bytes]]:
     return [(_hex(digest), gzip.decompress(built.blobs[digest])) for digest in digests]
 
 
+# Python before 3.11.4, as Debian 12 has it, knows no filters, and has none.
+_AS_IT_IS: Any = {"filter": "fully_trusted"} if hasattr(tarfile, "fully_trusted_filter") else {}
+
+
 def _unpack(tar: bytes, root: Path, *, whiteouts: bool) -> None:
     """The members of a tar into a directory; whiteouts are applied, or left as the files they are."""
     root.mkdir(parents=True, exist_ok=True)
@@ -46,7 +50,7 @@ def _unpack(tar: bytes, root: Path, *, whiteouts: bool) -> None:
                 hidden = root / parent / name.removeprefix(".wh.")
                 shutil.rmtree(hidden) if hidden.is_dir() and not hidden.is_symlink() else hidden.unlink()
                 continue
-            archive.extract(member, root, filter="fully_trusted")
+            archive.extract(member, root, **_AS_IT_IS)
 
 
 class DuccTree:
