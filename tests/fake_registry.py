@@ -45,10 +45,6 @@ class Request:
         return self.authorization is not None
 
 
-SILENT = -1
-"""In place of a status: no answer for a minute."""
-
-
 @dataclass(kw_only=True)
 class Fault:
     """The next `times` matching requests are answered so; status 0 closes the connection without an answer."""
@@ -121,7 +117,6 @@ class FakeRegistry:
         self.ranges = True
         self.corrupt: set[str] = set()
         """Digests of blobs and manifests with their last byte changed."""
-        self.stopping = threading.Event()
         self.slow: tuple[int, float] | None = None
         """Bodies go out in pieces of so many bytes with so many seconds before each."""
         self.drip: str | None = None
@@ -154,7 +149,6 @@ class FakeRegistry:
 
     def stop(self) -> None:
         """From now on nobody answers on this port."""
-        self.stopping.set()
         self._server.shutdown()
         self._server.server_close()
         self._server.cut_connections()
@@ -206,7 +200,7 @@ class FakeRegistry:
         body: bytes = b"",
     ) -> None:
         """The next `times` requests whose path is found by the expression `path` are answered with `status`;
-        status 0 closes the connection unanswered, and SILENT only after a minute."""
+        status 0 closes the connection unanswered."""
         self.faults.append(
             Fault(status=status, times=times, method=method, path=path, headers=headers or {}, body=body)
         )
@@ -347,9 +341,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         fault = fake.take_fault(self.command, path)
         if fault is not None:
-            if fault.status == SILENT:
-                fake.stopping.wait(60)
-            if fault.status in (0, SILENT):
+            if fault.status == 0:
                 self.close_connection = True
                 return
             self._send(fault.status, fault.body, fault.headers)

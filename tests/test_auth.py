@@ -138,10 +138,12 @@ def test_many_threads_get_one_token(open_client: Any, guarded: FakeRegistry) -> 
 
 
 def test_an_expired_token_is_not_used(open_client: Any, guarded: FakeRegistry) -> None:
-    guarded.token_expires = 1
+    guarded.token_expires = 3
     client = open_client()
     client.head(app(guarded))
-    time.sleep(1)
+    client.head(app(guarded))
+    assert guarded.count("GET", "^/token$") == 1
+    time.sleep(3)
     client.head(app(guarded))
     assert guarded.count("GET", "^/token$") == 2
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_registry import SILENT, FakeRegistry
+from tests.fake_registry import FakeRegistry
 from tests.images import directory, file, image, layer, write_layout
 
 APP = image(layer(directory("etc"), file("etc/motd", b"hello")), Env=["A=1"])
@@ -442,7 +442,7 @@ def test_a_registry_that_does_not_answer_holds_up_nobody_who_wants_to_stop(user:
     user.wishlist(name="old.yaml")
     (user.path / "unpacker.toml").write_text("[receipts]\nenabled = true\n")
     user.fake.clear()
-    user.fake.fault(status=SILENT, times=10)
+    user.fake.delay = 60
     run = subprocess.Popen(
         user.command(*verb), cwd=user.path, env=user.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

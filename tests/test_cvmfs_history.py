@@ -81,7 +81,7 @@ def test_named_tags_stay_where_they_are_until_moved_or_removed() -> None:
         tagged.without("kept").without("kept")
 
 
-@pytest.mark.parametrize("name", ["", "trunk", "trunk-previous", "a b", "a\nb", "a\x00b"])
+@pytest.mark.parametrize("name", ["", "trunk", "trunk-previous", "a b", "a\nb", "a\x00b", "x" * 256])
 def test_names_that_are_kept_for_trunk_or_that_tools_cannot_take_are_refused(name: str) -> None:
     history = History.create(NAME).advanced(revision(1))
     with pytest.raises(SettingsError, match="not a name for a tag"):

@@ -213,11 +213,13 @@ class TestKilledWhilePublishing:
         kept = settings.read_bytes()
         with publisher.lock():
             settings.write_bytes(kept + b"CVMFS_ENFORCE_LIMITS=true\nCVMFS_FILE_MBYTE_LIMIT=1\n")
-            with pytest.raises(PublishError, match=r"publish .* failed"), publisher.transaction("x") as transaction:
-                transaction.publish(release(name, tree, seed=name))
+            try:
+                with pytest.raises(PublishError, match=r"publish .* failed"), publisher.transaction("x") as transaction:
+                    transaction.publish(release(name, tree, seed=name))
+            finally:
+                settings.write_bytes(kept)
             assert not has_open_transaction(repository)
             assert name not in publisher.published()
-            settings.write_bytes(kept)
             with publisher.transaction("x") as transaction:
                 transaction.publish(release(name, tree, seed=name))
         assert name in publisher.published()

@@ -285,7 +285,6 @@ class TestEnding:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from threading import Timer
 from tests import test_managed_discipline as t
 from unpacker.cvmfs import command
 publisher = t.opened(t.StandIn(Path(sys.argv[1])))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.docker_registry import DockerRegistry
-from tests.fake_registry import SILENT, FakeRegistry
+from tests.fake_registry import FakeRegistry
 from tests.images import file, image, layer
+from tests.test_cli import User
 from unpacker.digest import Digest
 from unpacker.errors import Denied, RegistryError, SettingsError
 from unpacker.oci import LINUX_AMD64, OCI_INDEX, OCI_MANIFEST, Descriptor
@@ -254,34 +252,23 @@ def test_a_wildcard_does_not_wish_for_what_is_attached() -> None:
 # Of what stands published already.
 
 
-def unpacker(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    top = Path(__file__).parent.parent
-    environment = {"UNPACKER_TARGET": str(tmp_path / "target"), "UNPACKER_STATE": str(tmp_path / "state")}
-    return subprocess.run(
-        [sys.executable, "-m", "unpacker", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(top), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def test_what_was_published_without_receipts_gets_them_later(docker_registry: DockerRegistry, tmp_path: Path) -> None:
+def test_what_was_published_without_receipts_gets_them_later(
+    docker_registry: DockerRegistry, registry: FakeRegistry, tmp_path: Path
+) -> None:
+    user = User(tmp_path, registry)
     digests = [docker_registry.push("receipts/later", tag, image(layer(file("a", tag.encode())))) for tag in "12"]
     gone = docker_registry.push("receipts/gone", "3", image(layer(file("a", b"gone"))))
-    wishes = [f"- http://{docker_registry.host}/receipts/{name}" for name in ("later:1", "later:2", "gone:3")]
-    (tmp_path / "wishlist.yaml").write_text("\n".join(["version: 2", "images:", *wishes, ""]))
-    assert unpacker(tmp_path, "reconcile").returncode == 0
+    wishes = [f"http://{docker_registry.host}/receipts/{name}" for name in ("later:1", "later:2", "gone:3")]
+    user.wishlist(*wishes)
+    assert user("reconcile").returncode == 0
 
-    refused = unpacker(tmp_path, "receipts")
+    refused = user("receipts")
     assert refused.returncode == SettingsError.exit_code and "switched off" in refused.stderr
 
-    (tmp_path / "unpacker.toml").write_text("[receipts]\nenabled = true\n")
+    (user.path / "unpacker.toml").write_text("[receipts]\nenabled = true\n")
     delete = urllib.request.Request(f"{docker_registry.url}/v2/receipts/gone/manifests/{gone}", method="DELETE")
     urllib.request.urlopen(delete).close()
-    done = unpacker(tmp_path, "receipts", "--config", "unpacker.toml", "--json")
+    done = user("receipts", "--config", "unpacker.toml", "--json")
     assert done.returncode == 0, done.stderr
     name = f"{docker_registry.host}/receipts/gone:3"
     assert json.loads(done.stdout) == {"attached": 2, "gone": [name], "failed": []}, "nothing is to be done about it"
@@ -290,15 +277,15 @@ def test_what_was_published_without_receipts_gets_them_later(docker_registry: Do
         return [read(docker_registry, "receipts/later", digest.replace(":", "-")) for digest in digests]
 
     paths = [e["annotations"]["vnd.unpacker.receipt.path"] for each in lists() for e in each["manifests"]]
-    assert paths == [f"{tmp_path}/target/{docker_registry.host}/receipts/later:{tag}" for tag in "12"]
+    assert paths == [f"{user.target}/{docker_registry.host}/receipts/later:{tag}" for tag in "12"]
     before = lists()
-    again = unpacker(tmp_path, "receipts", f"{docker_registry.host}/receipts/later:1", "--config", "unpacker.toml")
+    again = user("receipts", f"{docker_registry.host}/receipts/later:1", "--config", "unpacker.toml")
     assert (again.returncode, again.stdout) == (0, "1 receipts attached, 0 not\n")
     assert lists() == before
 
-    (tmp_path / "target/.metadata" / name / "record.json").write_text("damaged")
-    assert json.loads(unpacker(tmp_path, "receipts", "-c", "unpacker.toml", "--json").stdout)["failed"] == []
-    failed = unpacker(tmp_path, "receipts", name, f"http://{name}", "-c", "unpacker.toml", "--json")
+    (user.target / ".metadata" / name / "record.json").write_text("damaged")
+    assert json.loads(user("receipts", "-c", "unpacker.toml", "--json").stdout)["failed"] == []
+    failed = user("receipts", name, f"http://{name}", "-c", "unpacker.toml", "--json")
     assert failed.returncode == 1
     [said] = json.loads(failed.stdout)["failed"]
     assert said["name"] == name and "damaged" in said["error"], "who asks for it is told"
@@ -306,11 +293,11 @@ def test_what_was_published_without_receipts_gets_them_later(docker_registry: Do
 
 def test_a_registry_that_does_not_answer_is_waited_for_once(registry: FakeRegistry) -> None:
     receipts = Receipts(Access(attempts=1, timeout=0.5), f"http://{registry.host}/unpacker/receipts")
-    registry.fault(status=SILENT, times=10)
+    registry.delay = 5
     with pytest.raises(RegistryError, match="no answer in time"):
         receipts.attach(published("registry.example.org/org/app:1.0"), SUBJECT, TARGET)
     asked = registry.count()
-    with pytest.raises(RegistryError, match="it gave no answer a moment ago"):
+    with pytest.raises(RegistryError, match="out of reach a moment ago"):
         receipts.attach(published("registry.example.org/org/app:2.0"), SUBJECT, TARGET)
     assert registry.count() == asked
     receipts.close()

@@ -137,14 +137,13 @@ class _Gzip:
         """The next member; None, once the input was read to its end, after the last."""
         if not self._available():
             return None
-        if self._started and self._input[self._pos] == 0:
+        if self._started and self._input[self._pos] != _GZIP[0]:
+            # Zeros are padding.
             while self._available():
                 if self._input[self._pos :].strip(b"\0"):
                     raise ImageError(f"{self._what}: something else follows the gzip data")
                 self._pos = len(self._input)
             return None
-        if self._started and self._input[self._pos] != _GZIP[0]:
-            raise ImageError(f"{self._what}: something else follows the gzip data")
         self._feed = _FIRST_INPUT
         self._started = True
         return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)

@@ -206,9 +206,8 @@ class ImageConfig:
         """ImageError says what is wrong with it."""
         value = _json_object(raw, "image config")
         rootfs = value.get("rootfs")
-        # Go writes an empty list as null, or not at all.
-        ids = (rootfs.get("diff_ids") or []) if isinstance(rootfs, dict) else None
-        if not isinstance(ids, list):
+        ids = _list(rootfs.get("diff_ids")) if isinstance(rootfs, dict) else None
+        if ids is None:
             raise ImageError("image config: no rootfs.diff_ids (not a container image)")
         try:
             diff_ids = tuple(Digest.parse(str(i)) for i in ids)
@@ -229,6 +228,13 @@ class ImageConfig:
             created=str(value.get("created") or ""),
             labels=tuple(sorted((str(k), str(v)) for k, v in labels.items())) if isinstance(labels, dict) else (),
         )
+
+
+def _list(value: object) -> list[Any] | None:
+    """A list of a document; None if it is something else. Go writes an empty one as null, or not at all."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else None
 
 
 def _strings(value: object) -> tuple[str, ...]:
@@ -261,8 +267,8 @@ def parse_manifest(raw: bytes, media_type: str = "") -> Manifest | Index:
     if declared not in (OCI_MANIFEST, DOCKER_MANIFEST, "") or "layers" not in value:
         raise ImageError(f"not an image manifest but {declared or 'something else'}")
     config = Descriptor.from_json(value.get("config"), "manifest: config")
-    entries = value["layers"] if value["layers"] is not None else []
-    if not isinstance(entries, list):
+    entries = _list(value["layers"])
+    if entries is None:
         raise ImageError("manifest: layers is not a list")
     layers = tuple(Descriptor.from_json(d, f"manifest: layers[{i}]") for i, d in enumerate(entries))
     artifact = value.get("artifactType")

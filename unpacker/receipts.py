@@ -41,7 +41,7 @@ from unpacker.registry.address import why_refused
 from unpacker.registry.auth import Doorkeeper, Endpoint
 from unpacker.registry.client import Access
 from unpacker.registry.credentials import Keychain
-from unpacker.registry.retry import UNREACHABLE_FOR, Later, Policy
+from unpacker.registry.retry import Gate, Later, Policy, Unreachable
 from unpacker.registry.transport import Answer, Origin, Refused, Transport
 from unpacker.resolve import unforeseen
 
@@ -211,8 +211,7 @@ class Receipts:
         attempts = min(access.attempts, _ATTEMPTS)
         self.policy = Policy(attempts=attempts, backoff=access.backoff, closing=self._closing)
         self._lock = threading.Lock()
-        self._writing: dict[Repository, threading.Lock] = {}
-        self._silent_until: dict[Repository, float] = {}
+        self._gates: dict[Repository, Gate] = {}
 
     def close(self) -> None:
         self._closing.set()
@@ -235,19 +234,18 @@ class Receipts:
         attached = artefact(Receipt.of(published, target), subject)
         what = f"attach a receipt for {published.reference} in {repository}"
         with self._lock:
-            writing = self._writing.setdefault(repository, threading.Lock())
+            gate = self._gates.setdefault(repository, Gate(1, self._closing))
         try:
-            with writing:
-                if time.monotonic() < self._silent_until.get(repository, 0):
-                    raise RegistryError(f"{what}: not tried, because it gave no answer a moment ago")
+            with gate.slots:
+                gate.wait(what)
                 with _Pusher(self._endpoint(repository), what, self) as pusher:
                     listed = pusher.push(attached)
                     if self._repository is not None or not listed:
                         pusher.add_referrer(attached.entry, referrers_tag(subject.digest))
         except RegistryError as error:
             if error.temporary and error.status is None:
-                # Otherwise a thousand receipts would each be waited for.
-                self._silent_until[repository] = time.monotonic() + UNREACHABLE_FOR
+                # No answer is as good as no connection: otherwise a thousand receipts would each be waited for.
+                gate.failed(Unreachable(str(error)))
             raise
         except SettingsError as error:  # of a credential helper, asked only now
             raise RegistryError(f"{what}: {error}") from None

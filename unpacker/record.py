@@ -16,10 +16,10 @@ from unpacker.oci import Platform
 from unpacker.reference import Reference
 
 SCHEMA = 1
-_PLACES = {place.value: place for place in Place}
-_YEAR_10000 = 253_402_300_800
 ADOPTED = "adopted"
 """In place of the hash of rules: the root is another tool's, made under rules that nobody knows."""
+
+_YEAR_10000 = 253_402_300_800
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +125,7 @@ class Published:
                 layers=tuple(map(str, value["layers"])),
                 altered={str(k): int(v) for k, v in value["altered"].items()},
                 gpu=bool(value["gpu"]),
-                place=_PLACES[value.get("place", Place.PLAIN)],
+                place=Place(value.get("place", Place.PLAIN)),
                 tool=str(value["tool"]),
                 replaces=None if replaces is None else cls.from_json(replaces),
             )

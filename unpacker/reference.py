@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import NamedTuple
 
 from unpacker.digest import Digest
 
@@ -186,7 +185,8 @@ class Reference:
         return f"{self.repository}{tag}{digest}"
 
 
-class ImageName(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ImageName:
     """An image name taken apart, its tag not yet checked: it may be a pattern."""
 
     repository: Repository
@@ -195,15 +195,8 @@ class ImageName(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _repository(text: str) -> Repository:
-    """Remembered: a target has many tags of each repository, in order."""
-    return Repository.parse(text)
-
-
-@lru_cache(maxsize=4096)
 def _bare(text: str) -> Repository | None:
-    """The repository, if that is all that the text is. Remembered for the same reason: references are read by the
-    thousand."""
+    """The repository, if that is all that the text is. Remembered: a target has many tags of each repository."""
     try:
         name = split(text)
     except ValueError:
@@ -218,9 +211,9 @@ def split(text: str) -> ImageName:
     if not text or " " in text or not text.isprintable():
         raise ValueError(f"not an image name: {text!r} (empty, or with blanks or control characters)")
     # Neither is repeated in the message: what stands there is likely a secret.
-    if "@" in text and _CREDENTIALS.match(text):
+    if _CREDENTIALS.match(text):
         raise ValueError("an image name holds no user or password (credentials belong to the operator's settings)")
-    if "?" in text and _QUERY.search(text):
+    if _QUERY.search(text):
         raise ValueError("an image name has no query string (expected registry/repository:tag)")
     rest, at, digest_text = text.partition("@")
     digest = Digest.parse(digest_text) if at else None
@@ -231,7 +224,7 @@ def split(text: str) -> ImageName:
         # `host:5000` or `alpine:3`: the registry is what is missing, and Repository.parse says so.
         last, colon, tag = path, "", ""
     try:
-        repository = _repository(f"{scheme}{separator}{head}{slash}{last}")
+        repository = Repository.parse(f"{scheme}{separator}{head}{slash}{last}")
     except _NoHost:
         raise _NoHost(text) from None  # with its tag, so that what the message says to write is whole
     if colon and not tag:

@@ -20,6 +20,7 @@ WishlistPath = Annotated[str, typer.Argument(metavar="WISHLIST", help="wishlist.
 Target = Annotated[
     str | None, typer.Option("--target", "-t", help="A directory, /cvmfs/NAME[/DIR], or stratum0:DIRECTORY.")
 ]
+Images = Annotated[list[str] | None, typer.Argument(metavar="[IMAGE...]", help="Names; all if none is given.")]
 State = Annotated[str | None, typer.Option("--state", help="Directory of journals and caches.")]
 Config = Annotated[str | None, typer.Option("--config", "-c", help="The operator's unpacker.toml.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="How many layers to read at once.")]

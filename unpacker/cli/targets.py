@@ -73,9 +73,7 @@ def remove(
 
 
 def verify(
-    images: Annotated[
-        list[str] | None, typer.Argument(metavar="[IMAGE...]", help="Names; all if none is given.")
-    ] = None,
+    images: options.Images = None,
     target: options.Target = None,
     config: options.Config = None,
     quick: Annotated[bool, typer.Option("--quick", help="Names and metadata only, not contents.")] = False,
@@ -103,9 +101,7 @@ def verify(
 
 
 def receipts(
-    images: Annotated[
-        list[str] | None, typer.Argument(metavar="[IMAGE...]", help="Names; all if none is given.")
-    ] = None,
+    images: options.Images = None,
     target: options.Target = None,
     config: options.Config = None,
     json: options.Json = False,
@@ -260,8 +256,6 @@ def snapshot(
     publisher = Stratum0Publisher(assembly.stratum0(repository), settings.keys)
     if name is None and (remove or message):
         raise SettingsError(f"{'--remove' if remove else '--message'} needs the NAME of a snapshot")
-    if remove and name not in {tag.name for tag in publisher.snapshots()}:
-        raise SettingsError(f"there is no snapshot {name!r} (`unpacker snapshot {repository}` lists them)")
     with publisher.lock(settings.lock_wait) if name is not None else nullcontext():
         if name is not None and remove:
             publisher.forget_snapshot(name)

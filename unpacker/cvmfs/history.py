@@ -12,6 +12,7 @@ from unpacker.cvmfs.hash import ContentHash
 from unpacker.errors import PublishError, SettingsError
 
 TRUNK, PREVIOUS = "trunk", "trunk-previous"
+_LONGEST = 255
 """The current revision and the one before, which rollbacks return to. Kept by every publish, by whatever tool."""
 
 _SCHEMA, _REVISION = "1.0", 3
@@ -40,9 +41,6 @@ class Tag:
     timestamp: int
     description: str = ""
     branch: str = ""
-
-
-_LONGEST = 255
 
 
 def check_tag(name: str) -> str:

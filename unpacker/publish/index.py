@@ -67,15 +67,15 @@ class Part:
             raise ValueError("not whole")
         for line in data.split(b"\n")[:-1]:
             # JSON has no tabs.
-            kind, *fields = line.split(b"\t")
-            if kind == b"name" and len(fields) == 3:
-                names[_text(fields[0])] = Line(_text(fields[1]), fields[2])
-            elif kind == b"root" and len(fields) == 2:
-                roots[_text(fields[0])] = fields[1]
-            elif kind == b"layer" and len(fields) == 1:
-                layers.add(_text(fields[0]))
-            else:
-                raise ValueError(f"a line of unknown kind: {line[:50]!r}")
+            match line.split(b"\t"):
+                case [b"name", path, root, record]:
+                    names[_text(path)] = Line(_text(root), record)
+                case [b"root", name, facts]:
+                    roots[_text(name)] = facts
+                case [b"layer", layer]:
+                    layers.add(_text(layer))
+                case _:
+                    raise ValueError(f"a line of unknown kind: {line[:50]!r}")
         return cls(names, roots, frozenset(layers))
 
     def serialise(self) -> bytes:

@@ -96,26 +96,24 @@ class Snapshot:
         parts = self.parts()
         records: Parsed = {}
         for part in parts:
-            lines = part.names
-            if parsed:
-                lines = {path: line for path, line in lines.items() if (path, line.record) not in parsed}
-            fresh = indexes.parse_records(lines)
+            fresh = {path: line for path, line in part.names.items() if (path, line.record) not in parsed}
+            known = indexes.parse_records(fresh)
             for path, line in part.names.items():
                 key = (path, line.record)
-                records[key] = fresh[path] if path in fresh else parsed[key]
+                records[key] = known[path] if path in known else parsed[key]
         parsed.clear()
         parsed.update(records)
         if self.is_settled:
             found = {path: records[path, line.record] for part in parts for path, line in part.names.items()}
             found.update((path, self._judged(path, root, None)) for path, root in self.index.others.items())
             return {path: found[path] for path in sorted(found)}
-        by_path: dict[str, dict[str, Line]] = {}
+        lines: dict[str, dict[str, Line]] = {}
         for part in parts:
             for path, line in part.names.items():
-                by_path.setdefault(path, {})[line.root] = line
+                lines.setdefault(path, {})[line.root] = line
         judged = {}
         for path, root in sorted(self.links()):
-            by_root = by_path.get(path, {})
+            by_root = lines.get(path, {})
             standing = by_root.get(root) or next(iter(by_root.values()), None)
             record = None if standing is None else records[path, standing.record]
             judged[path] = self._judged(path, root, standing, record)

@@ -15,7 +15,7 @@ from unpacker.cvmfs.history import PREVIOUS, TRUNK, Tag, check_tag
 from unpacker.cvmfs.reader import Reader
 from unpacker.cvmfs.repository import Repository
 from unpacker.cvmfs.transaction import transaction as cvmfs_transaction
-from unpacker.errors import PublishError
+from unpacker.errors import PublishError, SettingsError
 from unpacker.limits import Limits
 from unpacker.multiarch import Place
 from unpacker.publish import posix
@@ -195,6 +195,10 @@ class Stratum0Publisher:
             self.lock(self._wait),
             cvmfs_transaction(self.repository, now=int(self._clock()), wait=self._wait) as within,
         ):
+            if name not in {tag.name for tag in self.snapshots()}:
+                raise SettingsError(
+                    f"there is no snapshot {name!r} (`unpacker snapshot stratum0:{self.path}` lists them)"
+                )
             within.tag({}, (name,))
 
     # What stands there -----------------------------------------------------------------------------------------------

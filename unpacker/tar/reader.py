@@ -226,9 +226,8 @@ class TarReader:
             skip -= len(self._data) - self._pos
             if not self._fill():
                 if skip <= self._padding:
-                    return (
-                        None  # What fills the last block of a content is missing from some tools' archives (umoci's).
-                    )
+                    # Some tools (umoci) do not fill the last block of the last content.
+                    return None
                 self._fail("ends inside the content of a member")
         self._left = self._padding = 0
         pos = self._pos + skip
